@@ -43,7 +43,6 @@ import sys
 import time
 import warnings
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -310,9 +309,9 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
             minari.download_dataset(dataset_id)
         dataset = minari.load_dataset(dataset_id)
     except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
-        raise InputError(f"no {dataset_id} at {path}: {str(error) or 'the server does not answer'}. Delete it if damaged; "
-                         f"run `minari download {dataset_id}` where there is a network, or try ./benchmark.sh quickstart, "
-                         f"which makes its own data.") from error  # fmt: skip
+        raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'the server answers nothing'}): delete it "
+                         f"there if damaged, run `minari download {dataset_id}` where there is a network, or begin with "
+                         f"./benchmark.sh quickstart, which makes its own data.") from error  # fmt: skip
     box = dataset.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{dataset_id} has actions {box}: only vectors of continuous, bounded actions can be learned.")
@@ -391,8 +390,8 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
     if not episodes:
         raise InputError(f"{' and '.join(task.datasets)} hold no usable episode: collect or download them anew.")
     successes = sum(bool((episode.rewards > 0).any()) for episode in episodes)
-    print(f"data: {len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {successes} with "
-          f"reward > 0; {clipped} of {entries} action entries lay outside of the box and were clipped")  # fmt: skip
+    print(f"data: {len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {successes} "
+          f"episodes with reward > 0; {clipped} of {entries} action entries lay outside of the box and were clipped")  # fmt: skip
     if task.domain in DOMAINS and successes < 10:
         print(f"warning: only {successes} episodes succeed; below 10, seeds differ much and learning may fail.")
     return episodes
@@ -431,8 +430,8 @@ class ReplayBuffer:
     Episodes enter whole and with their returns: no row is ever sampled before its return is known.
     """
 
-    def __init__(self, episodes: list[Episode], args: Args, tail_reward: bool, device: torch.device):
-        self.args, self.tail_reward, self.device = args, tail_reward, device
+    def __init__(self, episodes: list[Episode], args: Args, sparse: bool, device: torch.device):
+        self.args, self.sparse, self.device = args, sparse, device
         ends = np.cumsum([len(episode.rewards) for episode in episodes]).tolist()
         self.num_offline, self.num_online, self.cursor = ends[-1], 0, 0
         state, action = episodes[0].observations.shape[1:], episodes[0].actions.shape[1:]
@@ -448,7 +447,7 @@ class ReplayBuffer:
         """Writes the last len(index) rows of an episode, with their returns, to the rows `index`."""
         rewards = episode.rewards * self.args.reward_scale + self.args.reward_bias
         # Cut off by time, a sparse task's last reward is assumed to go on for ever (the authors' code does so).
-        tail = float(rewards[-1]) / (1 - self.args.gamma) if self.tail_reward else 0.0
+        tail = float(rewards[-1]) / (1 - self.args.gamma) if self.sparse else 0.0
         returns = monte_carlo_returns(rewards, episode.terminations, self.args.gamma, tail)
         states, actions, _, terminations = episode
         rows = Batch(states[:-1], actions, rewards, states[1:], terminations, returns)
@@ -705,7 +704,7 @@ def derive_seed(seed: int, stream: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, stream, index)).generate_state(1)[0])
 
 
-def roll_out(env: gym.Env, task: Task, actor: Actor, seed: int, stochastic: bool, check: Callable[[], None]):
+def roll_out(env: gym.Env, task: Task, actor: Actor, seed: int, stochastic: bool, check):
     """Plays one whole episode with a frozen actor on the CPU.
 
     Args:

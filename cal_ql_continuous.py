@@ -167,7 +167,7 @@ DOMAINS: dict[str, dict] = {
                        offline_eval_interval=600, online_eval_interval=500),
     "pointmaze": dict(batch_size=128, actor_lr=3e-4, num_actions=4, reward_scale=10.0, reward_bias=-5.0,
                       offline_steps=2_000, online_steps=2_000, offline_eval_interval=500, online_eval_interval=500),
-}  # fmt: skip
+}
 
 
 class Task(NamedTuple):
@@ -205,11 +205,11 @@ TASKS: dict[str, Task] = {
     "kitchen-mixed": Task("kitchen", ("D4RL/kitchen/mixed-v2",), {}, ("observation",)),
     "pick-place": Task("pick-place", ("cal-ql/pick-place/narrow-v0",)),
     "pointmaze-narrow": Task("pointmaze", ("cal-ql/pointmaze/narrow-v0",), {}, ("observation",)),
-}  # fmt: skip
+}
 
 # What a resumed run may be told anew; every other setting has to be the checkpoint's.
 CHANGEABLE = ["resume", "runs_dir", "device", "track", "offline_steps", "online_steps", "offline_eval_interval",
-              "online_eval_interval", "checkpoint_interval", "log_interval"]  # fmt: skip
+              "online_eval_interval", "checkpoint_interval", "log_interval"]
 
 
 class InputError(Exception):
@@ -272,7 +272,7 @@ def check_args(args: Args) -> None:
         ("tau", lambda value: 0 < value <= 1, "in (0, 1]"),
         ("num_target_critics", lambda value: 1 <= value <= args.num_critics, "from 1 to --num-critics"),
         ("device", lambda value: value != "cuda" or torch.cuda.is_available(), "cpu: torch finds no CUDA device"),
-    ]  # fmt: skip
+    ]
     for names, holds, bounds in rules:
         for name in names.split():
             if not holds(getattr(args, name)):
@@ -309,9 +309,9 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
             minari.download_dataset(dataset_id)
         dataset = minari.load_dataset(dataset_id)
     except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
-        raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'the server answers nothing'}): delete it "
-                         f"there if damaged, run `minari download {dataset_id}` where there is a network, or begin with "
-                         f"./benchmark.sh quickstart, which makes its own data.") from error  # fmt: skip
+        raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'no answer from the server'}): delete it "
+                         f"there if it is damaged, run `minari download {dataset_id}` where there is a network, or begin "
+                         f"with ./benchmark.sh quickstart, which makes its own data.") from error
     box = dataset.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{dataset_id} has actions {box}: only vectors of continuous, bounded actions can be learned.")
@@ -391,7 +391,7 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
         raise InputError(f"{' and '.join(task.datasets)} hold no usable episode: collect or download them anew.")
     successes = sum(bool((episode.rewards > 0).any()) for episode in episodes)
     print(f"data: {len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {successes} "
-          f"episodes with reward > 0; {clipped} of {entries} action entries lay outside of the box and were clipped")  # fmt: skip
+          f"episodes with reward > 0; {clipped} of {entries} action entries lay outside of the box and were clipped")
     if task.domain in DOMAINS and successes < 10:
         print(f"warning: only {successes} episodes succeed; below 10, seeds differ much and learning may fail.")
     return episodes
@@ -617,7 +617,7 @@ def bellman_target(agent: Agent, batch: Batch, next_policy: Gaussian, noise: Noi
 
 
 def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaussian, next_policy: Gaussian,
-                  noise: Noise, cql_weight: float, args: Args):  # fmt: skip
+                  noise: Noise, cql_weight: float, args: Args):
     """The losses of the critics (their sum) and of the Lagrange multiplier, scalars, and scalars to log.
 
     Args:
@@ -662,7 +662,7 @@ def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaus
 
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, noise: Noise, cql_weight: float,
-           with_actor: bool, args: Args) -> dict[str, torch.Tensor]:  # fmt: skip
+           with_actor: bool, args: Args) -> dict[str, torch.Tensor]:
     """One update: all gradients at the old parameters, then one step of everything, then the target critics'.
 
     Args:
@@ -676,7 +676,7 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, noise: 
         next_policy = agent.actor(batch.next_observations)
     target = bellman_target(agent, batch, next_policy, noise, args)
     critic_loss, cql_alpha_loss, metrics = critic_losses(
-        agent, batch, target, policy, next_policy, noise, cql_weight, args)  # fmt: skip
+        agent, batch, target, policy, next_policy, noise, cql_weight, args)
     optimizer.zero_grad()
     (critic_loss + cql_alpha_loss).backward()
     metrics["losses/qf_loss"] = critic_loss
@@ -786,7 +786,7 @@ def train(args: Args) -> None:
     # Where the run stands: with networks, online rows and random state all that resuming needs. `owed` are the updates
     # still to be made for the last episode; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
     progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, rows=[],
-                               scores=[], offline_evals=0, evaluated_at=-1, regret=math.nan, wall_time=0.0)  # fmt: skip
+                               scores=[], offline_evals=0, evaluated_at=-1, regret=math.nan, wall_time=0.0)
 
     if args.resume:
         run, checkpoint = Path(args.resume), read_checkpoint(args.resume)
@@ -845,7 +845,7 @@ def train(args: Args) -> None:
             "script": Path(__file__).stem, "args": vars(args), "progress": vars(progress), "agent": agent.state_dict(),
             "optimizer": optimizer.state_dict(), "buffer": buffer.state_dict(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
-        }, run / "checkpoint.partial")  # fmt: skip
+        }, run / "checkpoint.partial")
         os.replace(run / "checkpoint.partial", run / "checkpoint.pt")  # in one step: one of the two is always whole
 
     def make_update(cql_weight: float, bar: tqdm) -> None:
@@ -879,7 +879,7 @@ def train(args: Args) -> None:
         if scored:
             log({"eval/success_rate": values["score"], "eval/normalized_score": 100 * values["score"]})
         tqdm.write(f"{progress.phase:7}  updates {progress.updates}  env_steps {progress.env_steps}  "
-                   + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))  # fmt: skip
+                   + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
     handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -915,7 +915,7 @@ def train(args: Args) -> None:
         save()
         before, after = progress.scores[progress.offline_evals - 1], progress.scores[-1]
         print(f"{args.env_id} seed {args.seed}: score {before:.3f} before fine-tuning -> {after:.3f} after, "
-              f"regret {progress.regret:.3f} ({run})")  # fmt: skip
+              f"regret {progress.regret:.3f} ({run})")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -46,7 +46,7 @@ class PickPlaceScene(MujocoFetchEnv):
             obj_range=0.0, target_range=0.0, distance_threshold=0.05, reward_type="sparse", n_substeps=20,
             initial_qpos={"robot0:slide0": 0.405, "robot0:slide1": 0.48, "robot0:slide2": 0.0},
             model_path=str(FETCH_XML), **kwargs,
-        )  # fmt: skip
+        )
 
     def _initialize_simulation(self):
         # The base class loads an XML file; ours is that file edited in memory, so that no copy of it is kept here.
@@ -188,7 +188,7 @@ def collect(args: Args) -> minari.MinariDataset:
             EpisodeBuffer(
                 id=k, seed=seed, observations=np.array(observations), actions=np.array(actions), rewards=rewards,
                 terminations=terminations, truncations=truncations, infos={"success": np.array(success)},
-            )  # fmt: skip
+            )
         )
     env.close()
     if args.dataset_id in minari.list_local_datasets():
@@ -198,7 +198,7 @@ def collect(args: Args) -> minari.MinariDataset:
         return minari.create_dataset_from_buffers(
             args.dataset_id, episodes, env=STATE_SPEC, algorithm_name=f"scripted, action noise {args.noise}",
             author="Cal-QL", description="Scripted pick-and-place demonstrations, successful and failed.",
-        )  # fmt: skip
+        )
 
 
 def main() -> int:

@@ -91,7 +91,7 @@ def collect(args: Args) -> minari.MinariDataset:
             EpisodeBuffer(
                 id=k, seed=seed, observations=observations, actions=np.array(actions), rewards=rewards,
                 terminations=terminations, truncations=truncations, infos={"success": np.array(success)},
-            )  # fmt: skip
+            )
         )
     env.close()
     if args.dataset_id in minari.list_local_datasets():
@@ -101,7 +101,7 @@ def collect(args: Args) -> minari.MinariDataset:
         return minari.create_dataset_from_buffers(
             args.dataset_id, episodes, env=spec, algorithm_name=f"waypoints, action noise {args.noise}",
             author="Cal-QL", description="Noisy waypoint demonstrations from one start to one goal.",
-        )  # fmt: skip
+        )
 
 
 def main() -> int:

@@ -309,9 +309,9 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
             minari.download_dataset(dataset_id)
         dataset = minari.load_dataset(dataset_id)
     except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
-        raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'no answer from the server'}): delete it "
-                         f"there if it is damaged, run `minari download {dataset_id}` where there is a network, or begin "
-                         f"with ./benchmark.sh quickstart, which makes its own data.") from error
+        raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'no answer from the server'}): delete "
+                         f"what is damaged, run `minari download {dataset_id}` where there is a network, or begin with "
+                         f"./benchmark.sh quickstart, which makes its own data.") from error
     box = dataset.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{dataset_id} has actions {box}: only vectors of continuous, bounded actions can be learned.")
@@ -638,12 +638,11 @@ def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaus
     if not cql_weight:
         return td_loss.sum(), td_loss.new_zeros(()), metrics
 
-    # The reference value V^mu(s) is the row's Monte-Carlo return. It bounds the policy's actions, not the uniform ones.
-    mc_returns = batch.mc_returns.unsqueeze(1)  # [B, 1]
-    from_policy = torch.arange(3 * n, device=q_ood.device) >= n  # [3n]
-    metrics["calibration/bound_rate"] = (q_ood.detach() < mc_returns)[..., n:].float().mean()
+    # The policy's actions are bounded by the reference value V^mu(s), the row's Monte-Carlo return; uniform ones are not.
+    floor = nn.functional.pad(batch.mc_returns.unsqueeze(1).expand(-1, 2 * n), (n, 0), value=-math.inf)  # [B, 3n]
+    metrics["calibration/bound_rate"] = (q_ood.detach() < floor)[..., n:].float().mean()
     # Equation 5.1: no push below V^mu. The one statement that CQL has not; it comes before any log-density.
-    q_ood = torch.where(from_policy, torch.maximum(q_ood, mc_returns), q_ood)
+    q_ood = torch.maximum(q_ood, floor)
 
     if args.importance_sampling:
         log_uniform = torch.full_like(current_log_prob, batch.actions.shape[1] * math.log(0.5))  # density 0.5^A

@@ -1,0 +1,180 @@
+"""Measures and prints; passes and fails nothing. The last line of each command is one JSON object.
+
+    python bench.py update --env-id antmaze-large-diverse --device cpu     # one gradient update at a task's size
+    python bench.py load                                                   # a full-size AntMaze dataset, made for it
+    python bench.py online --env-id pick-place                             # where the online phase's time goes
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import torch
+
+import cal_ql_continuous as script
+
+STATE_AND_ACTION = {
+    "antmaze": (29, 8), "adroit": (45, 24), "kitchen": (59, 9), "pick-place": (11, 4), "pointmaze": (4, 2),
+}
+
+
+def describe(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def bench_update(options: argparse.Namespace) -> dict:
+    """Times whole updates, sampling included, on random rows of the task's sizes."""
+    args = script.parse_args(["--env-id", options.env_id, "--device", options.device, "--buffer-size", "100000"])
+    obs_dim, action_dim = STATE_AND_ACTION[script.TASKS[options.env_id].domain]
+    rng = np.random.default_rng(0)
+    episode = script.Episode(
+        rng.standard_normal((100_001, obs_dim), np.float32), rng.uniform(-1, 1, (100_000, action_dim)),
+        rng.integers(0, 2, 100_000).astype(np.float32), np.zeros(100_000, bool))
+    buffer = script.ReplayBuffer([episode], args, True, torch.device(options.device))
+    agent = script.Agent(obs_dim, action_dim, args).to(options.device)
+    optimizer = agent.make_optimizer(args)
+
+    def one_update() -> None:
+        batch = buffer.sample(args.batch_size)
+        noise = script.draw_noise(batch.actions, args)
+        script.update(agent, optimizer, batch, noise, args.cql_weight, True, args)
+
+    def wait() -> None:
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        one_update()
+    seconds = []
+    for _ in range(options.repeats):
+        wait()
+        started = time.perf_counter()
+        one_update()
+        wait()
+        seconds.append(time.perf_counter() - started)
+    low, median, high = np.percentile(seconds, [0, 50, 100])
+    print(f"one update: {1000 * median:.1f} ms (median of {options.repeats}; {1000 * low:.1f} to {1000 * high:.1f})")
+    return {"updates_per_second": 1 / median, "device": describe(options.device), "settings": vars(args)}
+
+
+def make_full_size_antmaze(folder: str) -> None:
+    """Writes 1,000 episodes of 1,000 random steps in the schema of D4RL/antmaze/large-diverse-v1."""
+    import gymnasium as gym
+    import gymnasium_robotics
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    gym.register_envs(gymnasium_robotics)
+    rng = np.random.default_rng(0)
+
+    def episodes():
+        for k in range(1000):
+            widths = {"achieved_goal": 2, "desired_goal": 2, "observation": 27}
+            yield EpisodeBuffer(
+                id=k, observations={name: rng.uniform(-20, 20, (1001, width)) for name, width in widths.items()},
+                actions=rng.uniform(-1, 1, (1000, 8)).astype(np.float32), rewards=np.zeros(1000),
+                terminations=np.zeros(1000, bool), truncations=np.arange(1000) == 999,
+                infos={"success": np.zeros(1001, bool)})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
+        minari.create_dataset_from_buffers(
+            "D4RL/antmaze/large-diverse-v1", episodes(), env="AntMaze_Large_Diverse_GR-v4")
+
+
+def bench_load(options: argparse.Namespace) -> dict:
+    """Times reading, relabelling and storing 1,000,000 steps in a process of its own; the making is not counted."""
+    if options.child:
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731  in GB
+        before, started = peak(), time.perf_counter()
+        task, args = script.TASKS["antmaze-large-diverse"], script.parse_args([])
+        dataset = script.open_dataset(task.datasets[0])
+        env = script.make_env(dataset, task, args.episode_length)
+        script.ReplayBuffer(script.load_episodes([dataset], task, env), args, True, torch.device("cpu"))
+        return {"seconds": time.perf_counter() - started, "gigabytes_beyond_imports": peak() - before}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINARI_DATASETS_PATH"] = folder
+        print("writing the dataset ...", flush=True)
+        make_full_size_antmaze(folder)
+        command = [sys.executable, __file__, "load", "--child"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return json.loads(lines[-1])
+
+
+def bench_online(options: argparse.Namespace) -> dict:
+    """Splits the wall time of a short online phase; time inside an evaluation counts as evaluation alone."""
+    spent = dict.fromkeys(("environment", "policy", "update", "evaluation"), 0.0)
+    began: list[float] = []
+    active: list[str] = []
+
+    def timed(kind: str, function):
+        def wrapper(*arguments, **keywords):
+            if active or not began:
+                return function(*arguments, **keywords)
+            active.append(kind)
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                spent[kind] += time.perf_counter() - started
+                active.pop()
+
+        return wrapper
+
+    roll_out, make_env = script.roll_out, script.make_env
+    evaluation = timed("evaluation", roll_out)
+
+    def roll_out_by_kind(env, task, actor, seed, stochastic, check):
+        if stochastic and not began:
+            began.append(time.perf_counter())  # the online phase begins with its first episode
+        return (roll_out if stochastic else evaluation)(env, task, actor, seed, stochastic, check)
+
+    def make_timed_env(*arguments):
+        env = make_env(*arguments)
+        env.step, env.reset = timed("environment", env.step), timed("environment", env.reset)
+        return env
+
+    script.roll_out, script.make_env = roll_out_by_kind, make_timed_env
+    script.Actor.act = timed("policy", script.Actor.act)
+    script.update, script.probe = timed("update", script.update), timed("evaluation", script.probe)
+    script.ReplayBuffer.sample = timed("update", script.ReplayBuffer.sample)
+    script.draw_noise = timed("update", script.draw_noise)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--env-id", options.env_id, "--device", options.device, "--runs-dir", folder, "--offline-steps", "10",
+                 "--online-steps", str(options.steps), "--online-eval-interval", str(options.steps // 2)]
+        if script.main(flags):
+            sys.exit(1)
+    wall = time.perf_counter() - began[0]
+    spent["rest"] = wall - sum(spent.values())
+    for kind, seconds in spent.items():
+        print(f"{kind:12} {seconds:7.2f} s  {100 * seconds / wall:5.1f}%")
+    return {"shares": {kind: seconds / wall for kind, seconds in spent.items()}, "wall_seconds": wall}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("update", "load", "online"):
+        command = commands.add_parser(name)
+        command.add_argument("--env-id", default="pick-place" if name == "online" else "antmaze-large-diverse")
+        command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+        command.add_argument("--repeats", type=int, default=20, help="updates to time")
+        command.add_argument("--steps", type=int, default=600, help="environment steps of the online phase")
+        command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.env_id not in script.TASKS:
+        parser.error(f"unknown --env-id {options.env_id}; choose from {', '.join(script.TASKS)}")
+    result = {"update": bench_update, "load": bench_load, "online": bench_online}[options.command](options)
+    about = {"command": options.command, "env_id": options.env_id, "date": time.strftime("%Y-%m-%d")}
+    print(json.dumps(result | about))
+
+
+if __name__ == "__main__":
+    main()

@@ -638,7 +638,7 @@ def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaus
     if not cql_weight:
         return td_loss.sum(), td_loss.new_zeros(()), metrics
 
-    # The policy's actions are bounded by the reference value V^mu(s), the row's Monte-Carlo return; uniform ones are not.
+    # The reference value V^mu(s), the row's Monte-Carlo return, bounds the policy's actions but not the uniform ones.
     floor = nn.functional.pad(batch.mc_returns.unsqueeze(1).expand(-1, 2 * n), (n, 0), value=-math.inf)  # [B, 3n]
     metrics["calibration/bound_rate"] = (q_ood.detach() < floor)[..., n:].float().mean()
     # Equation 5.1: no push below V^mu. The one statement that CQL has not; it comes before any log-density.

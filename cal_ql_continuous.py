@@ -162,9 +162,9 @@ DOMAINS: dict[str, dict] = {
                    online_eval_interval=2_000, episode_length=200),
     "kitchen": dict(actor_layers=(512, 512, 512), critic_layers=(512, 512, 512), importance_sampling=False,
                     mixing_ratio=0.25, online_steps=1_250_000, episode_length=280),
-    "pick-place": dict(gamma=0.96, batch_size=128, actor_lr=3e-4, critic_layer_norm=True, num_actions=4,
-                       reward_scale=11.0, reward_bias=-1.0, offline_steps=2_400, online_steps=3_000,
-                       offline_eval_interval=600, online_eval_interval=500),
+    "pick-place": dict(gamma=0.96, batch_size=128, critic_layer_norm=True, num_actions=4, reward_scale=11.0,
+                       reward_bias=-1.0, offline_steps=2_400, online_steps=5_000, offline_eval_interval=600,
+                       online_eval_interval=500, eval_episodes=40),
     "pointmaze": dict(batch_size=128, actor_lr=3e-4, num_actions=4, reward_scale=10.0, reward_bias=-5.0,
                       offline_steps=2_000, online_steps=2_000, offline_eval_interval=500, online_eval_interval=500),
 }

@@ -1,17 +1,38 @@
 #!/usr/bin/env bash
-# Set-up, quick start and tests; see --help.
+# Set-up, quick start, tests, and the exact command of every result; see --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'EOF'
-./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, train on them (about 5 minutes, no GPU);
-                                    FLAGS go to cal_ql_continuous.py, for example --seed 2
+./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, pre-train and fine-tune on them: minutes
+                                    on a CPU; FLAGS go to cal_ql_continuous.py, for example --seed 2
 ./benchmark.sh test [FLAGS]         install, then run the tests; FLAGS go to pytest
+./benchmark.sh GROUP [OPTIONS] [-- FLAGS]   run a group of experiments; FLAGS are added to each command
 
 Both use the active virtual environment or conda environment; without one they make .venv here.
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
+
+GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
+           visual                     visual manipulation (once cal_ql_pixels.py is there)
+           figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
+           figure8                    narrow against broad data, on pick-place
+           pick-place                 the quick start's comparison
+           all                        all of these
+OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd
+           --seeds N     seeds 1 to N of each (default 6, as in the paper)
+           --workers K   runs at a time (default 1); they share one GPU, or the CPU's cores
+           --dry-run     print one command a line and do nothing else
+           --slurm       write a Slurm job array over these commands instead of running them
+
+A failed run does not stop the others and is named at the end. Called again, a group leaves out finished runs and resumes
+interrupted ones. Output goes to runs/logs/.
 EOF
+}
+
+die() {
+  echo "error: $*" >&2
+  exit 2
 }
 
 # install REQUIREMENTS: into the active environment, or into .venv, which is made if need be.
@@ -21,11 +42,8 @@ install() {
     # shellcheck disable=SC1091
     source .venv/bin/activate
   fi
-  if ! python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
-    echo "error: $(python --version) is active, but Python 3.11, 3.12 or 3.13 is needed; set PYTHON=python3.12 or so" \
-      "and remove .venv." >&2
-    exit 2
-  fi
+  python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+    die "$(python --version) is active, but 3.11, 3.12 or 3.13 is needed; remove .venv and set PYTHON=python3.12 or so."
   local stamp
   stamp="$(python -c 'import sys; print(sys.prefix)')/.$1.installed"
   if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
@@ -33,6 +51,165 @@ install() {
     python -m pip install --quiet --disable-pip-version-check -r "$1"
     cat requirements.txt "$1" >"$stamp"
   fi
+}
+
+# command ALGO TASK SEED: the exact command of one run.
+command_of() {
+  local run="--env-id $2 --seed $3"
+  local high_utd="--num-critics 10 --critic-layer-norm --actor-reduce mean --utd-ratio 20 --actor-interval 20"
+  case "$1" in
+    cal_ql)
+      if [ "$2" = pick-place-pixels ]; then echo "python cal_ql_pixels.py $run"; else echo "python cal_ql_continuous.py $run"; fi
+      ;;
+    cql) echo "python cql_continuous.py $run" ;;
+    cql_sac) echo "python cql_continuous.py $run --online-cql-weight 0" ;;
+    sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
+    sac_offline_data) echo "python sac_offline_data.py $run --mixing-ratio -1" ;;
+    hybrid_rl) echo "python sac_offline_data.py $run" ;;
+    cal_ql_utd20) echo "python cal_ql_continuous.py $run $high_utd --num-target-critics 2" ;;
+    rlpd) # target entropy -dim(A)/2; one target critic in AntMaze, two elsewhere, as in RLPD's own commands
+      local critics=2 entropy
+      case "$2" in
+        antmaze-*) critics=1 entropy=-4 ;;
+        pen-*) entropy=-12 ;;
+        door-*) entropy=-14 ;;
+        relocate-*) entropy=-15 ;;
+        kitchen-*) entropy=-4.5 ;;
+        *) entropy=-2 ;;
+      esac
+      echo "python sac_offline_data.py $run $high_utd --num-target-critics $critics --mixing-ratio 0.5" \
+        "--actor-layers 256 256 256 --critic-layers 256 256 256 --target-entropy $entropy --no-backup-entropy" \
+        "--random-steps 5000"
+      ;;
+    *) die "unknown algorithm $1; see ./benchmark.sh --help." ;;
+  esac
+}
+
+# commands GROUP ALGOS SEEDS: the commands of a group, one a line; empty ALGOS take the group's own.
+commands_of() {
+  local six="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl" tasks algos group
+  case "$1" in
+    antmaze) tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play" algos=$six ;;
+    kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$six ;;
+    adroit) tasks="pen-binary door-binary relocate-binary" algos=$six ;;
+    visual)
+      [ -f cal_ql_pixels.py ] || die "group visual needs cal_ql_pixels.py, which is not there."
+      tasks=pick-place-pixels algos=cal_ql
+      ;;
+    figure7)
+      tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play kitchen-partial"
+      tasks+=" kitchen-mixed kitchen-complete pen-binary door-binary relocate-binary" algos=cal_ql,cal_ql_utd20,rlpd
+      ;;
+    figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
+    pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data ;;
+    all)
+      for group in antmaze kitchen adroit $([ -f cal_ql_pixels.py ] && echo visual) figure7 figure8 pick-place; do
+        commands_of "$group" "$2" "$3"
+      done | awk '!seen[$0]++' # groups overlap
+      return
+      ;;
+    *) die "unknown group $1; see ./benchmark.sh --help." ;;
+  esac
+  local task algo seed
+  for task in $tasks; do
+    for algo in $(tr , ' ' <<<"${2:-$algos}"); do
+      for seed in $(seq "$3"); do command_of "$algo" "$task" "$seed"; done
+    done
+  done
+}
+
+# run_one COMMAND: runs it unless it has finished before, resuming where there is a checkpoint.
+run_one() {
+  local words=($1) name log run resumed=()
+  name="$(basename "${words[1]}" .py)__${words[3]}__${words[5]}__$(cksum <<<"$1" | cut -d' ' -f1)"
+  log="runs/logs/$name.log"
+  mkdir -p runs/logs
+  if [ -f "runs/logs/$name.done" ]; then
+    echo "finished before: $1"
+    return
+  fi
+  run="$(sed -n 's/^run: \(.*\) on [a-z]*$/\1/p' "$log" 2>/dev/null | tail -1)"
+  if [ -n "$run" ] && [ -f "$run/checkpoint.pt" ]; then
+    resumed=(python "${words[1]}" --resume "$run")
+    words=("${resumed[@]}")
+  fi
+  echo "started: ${words[*]}"
+  if "${words[@]}" >>"$log" 2>&1; then
+    touch "runs/logs/$name.done"
+    rm -f "runs/logs/$name.failed"
+    tail -1 "$log"
+  else
+    echo "$1 (exit code $?, see $log)" | tee "runs/logs/$name.failed" >&2
+    return 1
+  fi
+}
+
+# Demonstrations that a command's task needs and that are made here.
+collect_for() {
+  if grep -q -- '--env-id pick-place ' <<<"$1 "; then python -m collect.pick_place; fi
+  if grep -q -- '--env-id pick-place-broad ' <<<"$1 "; then
+    python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0
+  fi
+}
+
+run_group() {
+  local group="$1" algos="" seeds=6 workers=1 mode=run flags=""
+  shift
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --algos | --seeds | --workers)
+        [ $# -ge 2 ] || die "$1 needs a value."
+        case "$1" in --algos) algos="$2" ;; --seeds) seeds="$2" ;; --workers) workers="$2" ;; esac
+        shift 2
+        ;;
+      --dry-run) mode=dry && shift ;;
+      --slurm) mode=slurm && shift ;;
+      --) shift && flags="${*:+ $*}" && break ;;
+      *) die "unknown option $1; see ./benchmark.sh --help." ;;
+    esac
+  done
+  [[ "$seeds" =~ ^[1-9][0-9]*$ && "$workers" =~ ^[1-9][0-9]*$ ]] || die "--seeds and --workers take whole numbers from 1 on."
+  local commands
+  commands="$(commands_of "$group" "$algos" "$seeds")" || exit 2
+  commands="$(sed "s|\$|$flags|" <<<"$commands")"
+  case "$mode" in
+    dry) echo "$commands" ;;
+    slurm)
+      mkdir -p runs/logs
+      echo "$commands" >"runs/$group.commands"
+      cat >"runs/$group.sbatch" <<EOF
+#!/usr/bin/env bash
+#SBATCH --job-name=cal-ql-$group
+#SBATCH --array=1-$(wc -l <<<"$commands")%$workers
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=16G
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --output=runs/logs/slurm-%A_%a.out
+# Submitted again after a time limit, the runs resume. Prepare the environment and the data first, once:
+# pip install -r requirements.txt, and minari download or python -m collect.pick_place.
+srun ./benchmark.sh run-one "\$(sed -n "\${SLURM_ARRAY_TASK_ID}p" "runs/$group.commands")"
+EOF
+      echo "wrote runs/$group.sbatch over runs/$group.commands; submit it from here: sbatch runs/$group.sbatch"
+      ;;
+    run)
+      install requirements.txt
+      collect_for "$commands"
+      if [ -z "${OMP_NUM_THREADS:-}" ]; then # busy processes that share cores slow each other many times over
+        local cores
+        cores="$(getconf _NPROCESSORS_ONLN)"
+        export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
+      fi
+      rm -f runs/logs/*.failed
+      xargs -P "$workers" -I{} ./benchmark.sh run-one "{}" <<<"$commands" || true
+      if compgen -G 'runs/logs/*.failed' >/dev/null; then
+        echo "failed:" >&2
+        cat runs/logs/*.failed >&2
+        exit 1
+      fi
+      ;;
+  esac
 }
 
 case "${1:-}" in
@@ -47,11 +224,10 @@ case "${1:-}" in
     install requirements-dev.txt
     exec python -m pytest -q "$@"
     ;;
-  -h | --help)
+  run-one) run_one "$2" ;;
+  "" | -h | --help)
     usage
+    [ -n "${1:-}" ] || exit 2
     ;;
-  *)
-    usage >&2
-    exit 2
-    ;;
+  *) run_group "$@" ;;
 esac

@@ -163,7 +163,7 @@ DOMAINS: dict[str, dict] = {
     "kitchen": dict(actor_layers=(512, 512, 512), critic_layers=(512, 512, 512), importance_sampling=False,
                     mixing_ratio=0.25, online_steps=1_250_000, episode_length=280),
     "pick-place": dict(gamma=0.96, batch_size=128, critic_layer_norm=True, num_actions=4, reward_scale=11.0,
-                       reward_bias=-1.0, offline_steps=2_400, online_steps=5_000, offline_eval_interval=600,
+                       reward_bias=-1.0, offline_steps=2_400, online_steps=7_000, offline_eval_interval=600,
                        online_eval_interval=500, eval_episodes=40),
     "pointmaze": dict(batch_size=128, actor_lr=3e-4, num_actions=4, reward_scale=10.0, reward_bias=-5.0,
                       offline_steps=2_000, online_steps=2_000, offline_eval_interval=500, online_eval_interval=500),
@@ -204,6 +204,7 @@ TASKS: dict[str, Task] = {
     "kitchen-partial": Task("kitchen", ("D4RL/kitchen/partial-v2",), {}, ("observation",)),
     "kitchen-mixed": Task("kitchen", ("D4RL/kitchen/mixed-v2",), {}, ("observation",)),
     "pick-place": Task("pick-place", ("cal-ql/pick-place/narrow-v0",)),
+    "pick-place-broad": Task("pick-place", ("cal-ql/pick-place/broad-v0",)),
     "pointmaze-narrow": Task("pointmaze", ("cal-ql/pointmaze/narrow-v0",), {}, ("observation",)),
 }
 

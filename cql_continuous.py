@@ -230,7 +230,7 @@ def describe_domains() -> str:
     named = {**DOMAINS, **{name: task.settings for name, task in TASKS.items() if task.settings}}
     lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in named.items()]
     lines += [f"Tasks: {', '.join(TASKS)}; or any Minari dataset id."]
-    return "\n\n".join(["What the domains, and within them single tasks, set differently:", *lines])
+    return "\n\n".join(["The defaults below are those of --env-id. What each domain, or single task in it, sets:", *lines])
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -524,8 +524,8 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         widths = [obs_dim, *args.actor_layers]
-        layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in zip(widths, widths[1:], strict=False)]
-        self.net = nn.Sequential(*sum(layers, ()), nn.Linear(widths[-1], 2 * action_dim))
+        layers = [layer for i, o in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.net = nn.Sequential(*layers, nn.Linear(widths[-1], 2 * action_dim))
         self.log_std_multiplier, self.log_std_offset = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(-1.0))
         for layer in self.net[::2]:
             nn.init.orthogonal_(layer.weight, 0.01 if layer is self.net[-1] else 2**0.5)
@@ -820,11 +820,6 @@ def train(args: Args) -> None:
     print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     latest, signals = {}, []  # the last update's losses, on the device; signals that arrived
 
-    def check() -> None:  # called only where the run's state is whole
-        if signals:
-            save()
-            raise Stopped(128 + signals[0], f"stopped by {signal.Signals(signals[0]).name}; --resume {run} continues")
-
     def log(scalars: dict[str, float]) -> None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, step())
@@ -845,6 +840,11 @@ def train(args: Args) -> None:
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }, run / "checkpoint.partial")
         os.replace(run / "checkpoint.partial", run / "checkpoint.pt")  # in one step: one of the two is always whole
+
+    def check() -> None:  # called only where the run's state is whole
+        if signals:
+            save()
+            raise Stopped(128 + signals[0], f"stopped by {signal.Signals(signals[0]).name}; --resume {run} continues")
 
     def make_update(cql_weight: float, bar: tqdm) -> None:
         check()

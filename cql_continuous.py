@@ -230,7 +230,7 @@ def describe_domains() -> str:
     named = {**DOMAINS, **{name: task.settings for name, task in TASKS.items() if task.settings}}
     lines = [f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in named.items()]
     lines += [f"Tasks: {', '.join(TASKS)}; or any Minari dataset id."]
-    return "\n\n".join(["The defaults below are those of --env-id. What each domain, or one of its tasks, sets:", *lines])
+    return "\n\n".join(["The defaults below are those of --env-id. What each domain or task sets:", *lines])
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

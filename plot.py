@@ -255,6 +255,7 @@ def draw_curves(groups: Groups, reps: int) -> Figure:
         if ax.lines:
             ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.23), fontsize=8, frameon=False)
         else:
+            ax.set_xticks([])
             ax.text(0.5, 0.5, "no online evaluation yet", transform=ax.transAxes, ha="center", color="0.4")
     return fig
 
@@ -320,8 +321,9 @@ def draw_calibration(groups: Groups) -> Figure:
                 ys = [unit * run.rows[column].to_numpy() for run in runs]
                 curves = list(zip([run.finished for run in runs], xs, ys, strict=True))
                 draw_seeds(ax, curves, lambda v: (v.min(0), v.max(0)), color=colours[name], **style)
-        ticks = [(v / max(updates, 1) - 1, v) for v in MaxNLocator(3).tick_values(0, updates) if 0 <= v < 0.75 * updates]
-        ticks += [(v / max(steps, 1), v) for v in MaxNLocator(3).tick_values(0, steps) if 0 <= v <= steps]
+        nice = MaxNLocator(3).tick_values
+        ticks = [(v / max(updates, 1) - 1, v) for v in nice(0, updates) if 0 <= v < 0.75 * updates]
+        ticks += [(v / max(steps, 1), v) for v in nice(0, steps) if 0 <= v <= steps]
         for ax in (values, rates):
             ax.set_xlim(-1.03 if updates else -0.03, 1.03)
             ax.set_xticks([x for x, _ in ticks], [COUNT(v) for _, v in ticks] if ax is rates else [])

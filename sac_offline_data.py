@@ -244,7 +244,7 @@ def check_args(args: Args) -> None:
     rules = [
         ("eval_episodes online_eval_interval checkpoint_interval log_interval buffer_size "
          "batch_size num_critics utd_ratio actor_interval", lambda value: value >= 1, "at least 1"),
-        ("seed online_steps random_steps episode_length", lambda value: value >= 0, "at least 0"),
+        ("seed online_steps random_steps episode_length", lambda value: 0 <= value < 2**63, "at least 0, below 2**63"),
         ("actor_layers critic_layers", lambda value: min(value, default=0) >= 1, "one or more sizes of at least 1"),
         ("actor_lr critic_lr reward_scale", lambda value: 0 < value < math.inf, "a finite number greater than 0"),
         ("reward_bias target_entropy", lambda value: math.isfinite(value or 0), "a finite number"),
@@ -289,6 +289,7 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
                 raise LookupError("the server does not have it")
             minari.download_dataset(dataset_id)
         dataset = minari.load_dataset(dataset_id)
+        next(iter(dataset), None)  # load_dataset reads the metadata only
     except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
         raise InputError(f"cannot open {dataset_id} at {path} ({str(error) or 'no answer from the server'}): delete "
                          f"what is damaged, run `minari download {dataset_id}` where there is a network, or begin with "
@@ -330,10 +331,13 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium advises newer versions, whose observations are not the data's
             env = gym.wrappers.RescaleAction(dataset.recover_environment(disable_env_checker=True, **kwargs), -1.0, 1.0)
-    except (ModuleNotFoundError, ValueError, gym.error.Error) as error:  # no module, no specification, bad arguments
+    except (ModuleNotFoundError, TypeError, ValueError, gym.error.Error) as error:  # no module, wrong specification
         raise InputError(f"{dataset.id}'s environment cannot be made: {error}.") from error
     if env.spec.max_episode_steps is None:
         raise InputError(f"{dataset.id}'s environment has no time limit: set one with --episode-length.")
+    dims = [[gym.spaces.flatdim(x.observation_space), gym.spaces.flatdim(x.action_space)] for x in (dataset, env)]
+    if dims[0] != dims[1]:
+        raise InputError(f"{dataset.id} has {dims[0]} entries in observations and actions, its environment {dims[1]}.")
     if task.domain == "antmaze":
         env.unwrapped.position_noise_range = 0.0  # start and goal at their cells' centres; no argument reaches it
     space, keys = env.observation_space, task.state_keys
@@ -457,7 +461,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         """The online rows; the offline rows are read from the dataset again."""
-        online = [column[self.num_offline :][: self.num_online].cpu() for column in self.columns]
+        # Copied, because a view would be saved with the whole of its storage.
+        online = [column[self.num_offline :][: self.num_online].to("cpu", copy=True) for column in self.columns]
         return {"online": online, "cursor": self.cursor, "num_offline": self.num_offline}
 
     def load_state_dict(self, state: dict) -> None:
@@ -622,13 +627,12 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, noise: 
     critic_loss, metrics = critic_losses(agent, batch, target)
     optimizer.zero_grad()
     critic_loss.backward()
-    metrics["losses/qf_loss"] = critic_loss
+    metrics |= {"losses/qf_loss": critic_loss, "losses/alpha": agent.log_alpha.exp()}
     if with_actor:
         actor_loss, alpha_loss = actor_losses(agent, batch, policy, noise, args)
         # `inputs` keeps the actor's loss out of the critics' gradients.
         (actor_loss + alpha_loss).backward(inputs=[*agent.actor.parameters(), agent.log_alpha])
         metrics |= {"losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
-        metrics["losses/alpha"] = agent.log_alpha.exp()
     optimizer.step()  # what has no gradient stays as it is
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), args.tau)
@@ -826,9 +830,8 @@ def train(args: Args) -> None:
         row = vars(progress) | values | {"wall_time": time.time() - started}
         progress.rows.append(",".join(str(row[column]) for column in EVAL_COLUMNS.split(",")))
         (run / "eval.csv").write_text("\n".join([EVAL_COLUMNS, *progress.rows, ""]))
-        log({f"eval/{name}": value for name, value in values.items()} | {"charts/cumulative_regret": progress.regret})
-        if scored:
-            log({"eval/success_rate": values["score"], "eval/normalized_score": 100 * values["score"]})
+        success = {"success_rate": values["score"], "normalized_score": 100 * values["score"]} if scored else {}
+        log({"charts/cumulative_regret": progress.regret} | {f"eval/{k}": v for k, v in (values | success).items()})
         tqdm.write(f"{progress.phase:7}  updates {progress.updates}  env_steps {progress.env_steps}  "
                    + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
@@ -860,9 +863,8 @@ def train(args: Args) -> None:
                 progress.env_steps, progress.owed = progress.env_steps + length, length * args.utd_ratio
                 log({"charts/episodic_return": float(episode.rewards.sum()), "charts/episodic_length": length})
         save()
-        before, after = progress.scores[progress.offline_evals - 1], progress.scores[-1]
-        print(f"{args.env_id} seed {args.seed}: score {before:.3f} before training -> {after:.3f} after, "
-              f"regret {progress.regret:.3f} ({run})")
+        print(f"{args.env_id} seed {args.seed}: score {progress.scores[progress.offline_evals - 1]:.3f} before "
+              f"training -> {progress.scores[-1]:.3f} after, regret {progress.regret:.3f} ({run})")
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -875,7 +877,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(parse_args(argv))
         return 0
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be made, a full disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:

@@ -151,3 +151,10 @@ def test_state_dict_round_trip():
             batches.append(which.sample(100))
             which.add(make_episode(107, 2))
         assert all(map(torch.equal, *batches))
+
+
+def test_state_dict_holds_no_more_than_the_online_rows():
+    """A view would be saved with the whole replay behind it, at every checkpoint."""
+    buffer = make_buffer([make_episode(0, 50)], buffer_size=1000)
+    buffer.add(make_episode(100, 3))
+    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in buffer.state_dict()["online"])

@@ -484,3 +484,16 @@ def test_track_offline(runs, tmp_path, monkeypatch):
     finally:
         wandb.finish()
         wandb.tensorboard.unpatch()
+
+
+def test_damaged_data_and_unusable_folders(runs, datasets_path, tmp_path, monkeypatch, capfd):
+    shutil.copytree(datasets_path, tmp_path / "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "file").write_text("")
+    assert main([*TINY, "--runs-dir", str(tmp_path / "file")]) == 2
+    data = tmp_path / "minari/cal-ql/pointmaze/narrow-v0/data/main_data.hdf5"
+    data.write_bytes(data.read_bytes()[:20_000])
+    assert main(TINY) == 2
+    errors = capfd.readouterr().err
+    assert errors.count("error: ") == 2 and "Traceback" not in errors and "delete what is damaged" in errors
+    assert not runs.exists()

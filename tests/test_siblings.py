@@ -98,7 +98,7 @@ def test_every_benchmark_command_parses_with_its_script():
     )
 
 
-@pytest.mark.parametrize("arguments", ["nowhere", "antmaze --algos dqn", "antmaze --seeds 0", "antmaze --x", "all --seeds"])
+@pytest.mark.parametrize("arguments", ["nowhere", "antmaze --algos dqn", "all --seeds 0", "antmaze --x", "all --seeds"])
 def test_benchmark_refuses_bad_input_in_one_sentence(arguments):
     command = ["bash", str(ROOT / "benchmark.sh"), *arguments.split()]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -128,7 +128,8 @@ run_one() {
     echo "finished before: $1"
     return
   fi
-  run="$(sed -n 's/^run: \(.*\) on [a-z]*$/\1/p' "$log" 2>/dev/null | tail -1)"
+  touch "$log"
+  run="$(sed -n 's/^run: \(.*\) on [a-z]*$/\1/p' "$log" | tail -1)"
   if [ -n "$run" ] && [ -f "$run/checkpoint.pt" ]; then
     resumed=(python "${words[1]}" --resume "$run")
     words=("${resumed[@]}")

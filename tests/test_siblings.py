@@ -3,8 +3,11 @@
 import ast
 import difflib
 import importlib
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +107,40 @@ def test_benchmark_refuses_bad_input_in_one_sentence(arguments):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+FAKE_SCRIPT = """
+import pathlib, sys
+run = pathlib.Path("runs/one")
+if "--resume" in sys.argv:
+    print("resumed", sys.argv[2])
+elif "--fail" in sys.argv:
+    sys.exit(1)
+else:
+    run.mkdir(parents=True)
+    (run / "checkpoint.pt").touch()
+    print(f"run: {run} on cpu")
+    sys.exit(143)
+"""
+
+
+def test_benchmark_resumes_an_interrupted_run_and_leaves_out_a_finished_one(tmp_path):
+    shutil.copy(ROOT / "benchmark.sh", tmp_path)
+    (tmp_path / "fake.py").write_text(FAKE_SCRIPT)
+
+    def run_one(extra: str = "") -> tuple[int, str]:
+        command = ["bash", "benchmark.sh", "run-one", f"python fake.py --env-id task --seed 1{extra}"]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        result = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    code, output = run_one()
+    assert code == 1 and "exit code 143" in output and list(tmp_path.glob("runs/logs/*.failed"))
+    code, output = run_one()
+    assert code == 0 and "resumed runs/one" in output and not list(tmp_path.glob("runs/logs/*.failed"))
+    code, output = run_one()
+    assert code == 0 and output.startswith("finished before: ")
+    code, output = run_one(" --fail")
+    assert code == 1 and "--fail (exit code 1" in output

@@ -16,13 +16,15 @@
 """Cal-QL: calibrated offline pre-training for efficient online fine-tuning (Nakamoto et al. 2023, arXiv:2303.05479).
 
 Conservative Q-learning (CQL) adds to the Bellman error a regulariser that pushes Q down on the policy's actions and
-up on the data's. Pushed without a floor, Q ends far below every return a policy can get, so that online the first
-bad action looks good and the policy is unlearned. Cal-QL's floor is the return of the data itself (equation 5.1):
+up on the data's. Without a floor, Q can end below the return of even a poor policy: online, a bad action that is tried
+then looks better than the learned ones, and the policy is unlearned. Cal-QL's floor is the return of the data itself
+(equation 5.1):
 
     min_Q  w * ( E_{s~D, a~pi}[ max(Q(s,a), V^mu(s)) ] - E_{s,a~D}[ Q(s,a) ] )  +  E_D[ (Q - target)^2 ]
 
-with V^mu(s) estimated by the Monte-Carlo return of the row. That maximum is one statement below; everything else
-is CQL. Read on from `Args`, or run:
+with V^mu(s), the value of the policy mu that collected the data, estimated by the Monte-Carlo return of the row (one
+transition). As in CQL, a log-sum-exp over sampled actions stands for the expectation over pi. The maximum is one
+statement below; everything else is CQL. Read on from `Args`, or run:
 
     python cal_ql_continuous.py --env-id pick-place                  # quick start: python -m collect.pick_place first
     python cal_ql_continuous.py --env-id antmaze-large-diverse       # the paper's experiment; downloads its data
@@ -73,7 +75,7 @@ class Args:
     runs_dir: str = "runs"
     """folder for the run's own folder"""
     resume: str = ""
-    """folder of a run to continue; its settings are restored, only step totals and intervals may be changed"""
+    """folder of a run to continue; of its settings only step totals, intervals, device and track may be changed"""
     track: bool = False
     """log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline are obeyed"""
 
@@ -81,7 +83,7 @@ class Args:
     offline_steps: int = 500_000
     """gradient updates of the offline phase"""
     online_steps: int = 500_000
-    """environment steps of the online phase"""
+    """environment steps of the online phase, completed to whole episodes"""
     offline_eval_interval: int = 50_000
     """updates between two evaluations offline"""
     online_eval_interval: int = 5_000
@@ -123,7 +125,7 @@ class Args:
     target_entropy: float | None = None
     """entropy the temperature steers to; None is minus the number of action dimensions"""
     backup_entropy: bool = False
-    """subtract the entropy term in the Bellman target"""
+    """subtract alpha log pi(a'|s') from the Q-values in the Bellman target, as SAC does"""
     utd_ratio: int = 1
     """critic updates per environment step"""
     actor_interval: int = 1
@@ -153,7 +155,8 @@ class Args:
 
 
 # The settings of each domain; what is not named has its default above. From the paper's appendices G and H, and from
-# the authors' code where the paper is silent (layers, reward scale and bias, evaluation intervals).
+# the authors' code where the paper is silent (layers, rewards, evaluation intervals). Ours: kitchen's 280 steps (the
+# paper's: 1,000), pick-place, pointmaze.
 DOMAINS: dict[str, dict] = {
     "antmaze": dict(critic_layers=(256, 256, 256, 256), cql_lagrange=True, reward_scale=10.0, reward_bias=-5.0,
                     offline_steps=1_000_000, online_steps=1_000_000, online_eval_interval=2_000, episode_length=1000),
@@ -432,7 +435,8 @@ class Batch(namedtuple("Batch", "observations actions rewards next_observations 
 class ReplayBuffer:
     """All rows in one set of tensors on the training device: the offline rows, then a ring of `args.buffer_size`.
 
-    Episodes enter whole and with their returns: no row is ever sampled before its return is known.
+    Episodes enter whole and with their returns: no row is ever sampled before its return is known. `sparse` says that
+    the task is one of the table, with sparse or count rewards, so that episodes cut off by time get a tail.
     """
 
     def __init__(self, episodes: list[Episode], args: Args, sparse: bool, device: torch.device):
@@ -451,7 +455,7 @@ class ReplayBuffer:
     def write(self, episode: Episode, index: torch.Tensor) -> None:
         """Writes the last len(index) rows of an episode, with their returns, to the rows `index`."""
         rewards = episode.rewards * self.args.reward_scale + self.args.reward_bias
-        # Cut off by time, a sparse task's last reward is assumed to go on for ever (the authors' code does so).
+        # Cut off by time, the last reward is assumed to go on for ever (the authors' code does so).
         tail = float(rewards[-1]) / (1 - self.args.gamma) if self.sparse else 0.0
         returns = monte_carlo_returns(rewards, episode.terminations, self.args.gamma, tail)
         states, actions, _, terminations = episode
@@ -589,7 +593,7 @@ class Noise(namedtuple("Noise", "actor target uniform current following critics"
 
     actor: [B, 1, A] normal, for the actor's loss. target: [B, n, A] normal, for the Bellman target's a' ~ pi(s').
     uniform: [B, n, A] in [-1, 1]. current, following: [B, n, A] normal, for the regulariser's a ~ pi(s), a ~ pi(s').
-    critics: the indices of the critics whose minimum makes the target.
+    critics: [num_target_critics] indices of the critics whose minimum makes the target.
     """
 
 
@@ -645,11 +649,13 @@ def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaus
         return td_loss.sum(), td_loss.new_zeros(()), metrics
 
     # The reference value V^mu(s), the row's Monte-Carlo return, bounds the policy's actions but not the uniform ones.
+    # The bound rate is the share of the policy's actions, of pi(s) and of pi(s'), whose Q lies below it.
     floor = nn.functional.pad(batch.mc_returns.unsqueeze(1).expand(-1, 2 * n), (n, 0), value=-math.inf)  # [B, 3n]
     metrics["calibration/bound_rate"] = (q_ood.detach() < floor)[..., n:].float().mean()
     # Equation 5.1: no push below V^mu. The one statement that CQL has not; it comes before any log-density.
     q_ood = torch.maximum(q_ood, floor)
 
+    # CQL's soft maximum over all sampled actions, each weighted by one over its density.
     if args.importance_sampling:
         log_uniform = torch.full_like(current_log_prob, batch.actions.shape[1] * math.log(0.5))  # density 0.5^A
         z = q_ood - torch.cat([log_uniform, next_log_prob, current_log_prob], dim=1)
@@ -713,6 +719,7 @@ def roll_out(env: gym.Env, task: Task, actor: Actor, seed: int, stochastic: bool
 
     Args:
         seed: of the environment and of the policy's noise.
+        stochastic: whether to draw from the policy (online episodes) or to take tanh(mean) (evaluation).
         check: called before every step; what it raises ends the episode, of which nothing has counted then.
 
     Returns:
@@ -743,8 +750,9 @@ def probe(agent: Agent, buffer: ReplayBuffer, seed: int, args: Args) -> dict[str
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         batch = buffer.sample(4 * args.batch_size)
-        policies, noise = map(agent.actor, (batch.observations, batch.next_observations)), draw_noise(batch[1], args)
-        _, _, metrics = critic_losses(agent, batch, batch.rewards, *policies, noise, 1.0, args)  # losses are not used
+        policies = map(agent.actor, (batch.observations, batch.next_observations))
+        # The rewards stand in for a target: of the results only what is logged is used.
+        metrics = critic_losses(agent, batch, batch.rewards, *policies, draw_noise(batch.actions, args), 1.0, args)[2]
     return {name.split("/")[1]: value.item() for name, value in metrics.items() if name.startswith("calibration/")}
 
 
@@ -767,7 +775,7 @@ def read_checkpoint(run: str) -> dict:
 
 
 class Stopped(Exception):
-    """Ends a run, whose state is saved, with an exit code and a message."""
+    """Ends a run with an exit code and a message; it can be resumed from its last checkpoint."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -788,7 +796,8 @@ def train(args: Args) -> None:
     agent = Agent(buffer.columns.observations.shape[1], buffer.columns.actions.shape[1], args).to(device)
     optimizer = agent.make_optimizer(args)
     # Where the run stands: with networks, online rows and random state all that resuming needs. `owed` are the updates
-    # still to be made for the last episode; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
+    # still to be made for the last episode, `rows` the lines of eval.csv, `scores` one an evaluation, `offline_evals`
+    # the number of them up to the switch; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
     progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, rows=[],
                                scores=[], offline_evals=0, evaluated_at=-1, regret=math.nan, wall_time=0.0)
 
@@ -831,7 +840,7 @@ def train(args: Args) -> None:
             writer.add_scalar(tag, value, step())
 
     def read_losses() -> dict[str, float]:
-        losses = {name: value.item() for name, value in latest.items()}
+        losses = {name: latest.pop(name).item() for name in list(latest)}  # emptied, so that nothing is logged twice
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise Stopped(1, f"error: {name} is {value} at update {progress.updates}; {run} keeps its checkpoint")

@@ -15,8 +15,8 @@
 # ///
 """SAC with offline data: online reinforcement learning with the dataset in the replay, without pre-training.
 
-The same file as cql_continuous.py less the regulariser and the offline phase, with SAC's Bellman target: one action at
-s', entropy included (Haarnoja et al. 2018, arXiv:1812.05905). Its flags make the family of baselines:
+The same file as cql_continuous.py less the regulariser and the offline phase, with SAC's Bellman target (one action at
+s', entropy included; Haarnoja et al. 2018, arXiv:1812.05905) and learning rate 3e-4. Its flags make these baselines:
 
     python sac_offline_data.py --env-id pick-place                       # Hybrid RL: the domain's mixing ratio
     python sac_offline_data.py --env-id pick-place --mixing-ratio -1     # SAC + offline data: all rows sampled alike
@@ -72,13 +72,13 @@ class Args:
     runs_dir: str = "runs"
     """folder for the run's own folder"""
     resume: str = ""
-    """folder of a run to continue; its settings are restored, only step totals and intervals may be changed"""
+    """folder of a run to continue; of its settings only step totals, intervals, device and track may be changed"""
     track: bool = False
     """log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline are obeyed"""
 
     # --- Protocol
     online_steps: int = 500_000
-    """environment steps"""
+    """environment steps, completed to whole episodes"""
     random_steps: int = 0
     """environment steps at the start, in whole episodes, that take uniformly random actions"""
     online_eval_interval: int = 5_000
@@ -120,7 +120,7 @@ class Args:
     target_entropy: float | None = None
     """entropy the temperature steers to; None is minus the number of action dimensions"""
     backup_entropy: bool = True
-    """subtract the entropy term in the Bellman target"""
+    """subtract alpha log pi(a'|s') from the Q-values in the Bellman target, as SAC does"""
     utd_ratio: int = 1
     """critic updates per environment step"""
     actor_interval: int = 1
@@ -136,7 +136,8 @@ class Args:
 
 
 # The settings of each domain; what is not named has its default above. From the paper's appendices G and H, and from
-# the authors' code where the paper is silent (layers, reward scale and bias, evaluation intervals).
+# the authors' code where the paper is silent (layers, rewards, evaluation intervals). Ours: kitchen's 280 steps (the
+# paper's: 1,000), pick-place, pointmaze.
 DOMAINS: dict[str, dict] = {
     "antmaze": dict(critic_layers=(256, 256, 256, 256), reward_scale=10.0, reward_bias=-5.0,
                     online_steps=1_000_000, online_eval_interval=2_000, episode_length=1000),
@@ -412,7 +413,8 @@ class Batch(namedtuple("Batch", "observations actions rewards next_observations 
 class ReplayBuffer:
     """All rows in one set of tensors on the training device: the offline rows, then a ring of `args.buffer_size`.
 
-    Episodes enter whole and with their returns: no row is ever sampled before its return is known.
+    Episodes enter whole and with their returns: no row is ever sampled before its return is known. `sparse` says that
+    the task is one of the table, with sparse or count rewards, so that episodes cut off by time get a tail.
     """
 
     def __init__(self, episodes: list[Episode], args: Args, sparse: bool, device: torch.device):
@@ -431,7 +433,7 @@ class ReplayBuffer:
     def write(self, episode: Episode, index: torch.Tensor) -> None:
         """Writes the last len(index) rows of an episode, with their returns, to the rows `index`."""
         rewards = episode.rewards * self.args.reward_scale + self.args.reward_bias
-        # Cut off by time, a sparse task's last reward is assumed to go on for ever (the authors' code does so).
+        # Cut off by time, the last reward is assumed to go on for ever (the authors' code does so).
         tail = float(rewards[-1]) / (1 - self.args.gamma) if self.sparse else 0.0
         returns = monte_carlo_returns(rewards, episode.terminations, self.args.gamma, tail)
         states, actions, _, terminations = episode
@@ -568,7 +570,7 @@ class Noise(namedtuple("Noise", "actor target critics")):
     """What an update draws, all of it independent, and shared between the critics.
 
     actor: [B, 1, A] normal, for the actor's loss. target: [B, 1, A] normal, for the Bellman target's a' ~ pi(s').
-    critics: the indices of the critics whose minimum makes the target.
+    critics: [num_target_critics] indices of the critics whose minimum makes the target.
     """
 
 
@@ -656,6 +658,7 @@ def roll_out(env: gym.Env, task: Task, actor: Actor, seed: int, stochastic: bool
 
     Args:
         seed: of the environment and of the policy's noise.
+        stochastic: whether to draw from the policy (online episodes) or to take tanh(mean) (evaluation).
         uniform: whether the actions are uniformly random instead of the policy's.
         check: called before every step; what it raises ends the episode, of which nothing has counted then.
 
@@ -719,7 +722,7 @@ def read_checkpoint(run: str) -> dict:
 
 
 class Stopped(Exception):
-    """Ends a run, whose state is saved, with an exit code and a message."""
+    """Ends a run with an exit code and a message; it can be resumed from its last checkpoint."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -740,7 +743,8 @@ def train(args: Args) -> None:
     agent = Agent(buffer.columns.observations.shape[1], buffer.columns.actions.shape[1], args).to(device)
     optimizer = agent.make_optimizer(args)
     # Where the run stands: with networks, online rows and random state all that resuming needs. `owed` are the updates
-    # still to be made for the last episode; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
+    # still to be made for the last episode, `rows` the lines of eval.csv, `scores` one an evaluation, `offline_evals`
+    # the number of them up to the switch; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
     progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, rows=[],
                                scores=[], offline_evals=0, evaluated_at=-1, regret=math.nan, wall_time=0.0)
 
@@ -783,7 +787,7 @@ def train(args: Args) -> None:
             writer.add_scalar(tag, value, step())
 
     def read_losses() -> dict[str, float]:
-        losses = {name: value.item() for name, value in latest.items()}
+        losses = {name: latest.pop(name).item() for name in list(latest)}  # emptied, so that nothing is logged twice
         for name, value in losses.items():
             if not math.isfinite(value):
                 raise Stopped(1, f"error: {name} is {value} at update {progress.updates}; {run} keeps its checkpoint")

@@ -1,7 +1,7 @@
 """Pick-and-place with a distractor: the quick start's task, its scripted demonstrator, and its Minari dataset.
 
     python -m collect.pick_place                  # 10 noisy demonstrations, a few seconds
-    python -m collect.pick_place --episodes 60 --noise 0.2 --dataset-id cal-ql/pick-place/broad-v0
+    python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0      # pick-place-broad
 
 A Fetch arm has to put the red cube on the green tray; a blue cube lies in the way and does not matter. The reward
 is 1 on success, which ends the episode, and 0 otherwise; an episode lasts 40 steps. It is the state-based relative

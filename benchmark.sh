@@ -14,7 +14,7 @@ Both use the active virtual environment or conda environment; without one they m
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
-           visual                     visual manipulation (once cal_ql_pixels.py is there)
+           visual                     visual manipulation, on a task of ours; cal_ql alone
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
            pick-place                 the quick start's comparison
@@ -93,8 +93,9 @@ commands_of() {
     kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$six ;;
     adroit) tasks="pen-binary door-binary relocate-binary" algos=$six ;;
     visual)
-      [ -f cal_ql_pixels.py ] || die "group visual needs cal_ql_pixels.py, which is not there."
-      tasks=pick-place-pixels algos=cal_ql
+      [[ ",${2:-cal_ql}," == *,cal_ql,* ]] || die "group visual has the algorithm cal_ql alone."
+      set -- visual cal_ql "$3"
+      tasks=pick-place-pixels
       ;;
     figure7)
       tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play kitchen-partial"
@@ -103,7 +104,7 @@ commands_of() {
     figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
     pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data ;;
     all)
-      for group in antmaze kitchen adroit $([ -f cal_ql_pixels.py ] && echo visual) figure7 figure8 pick-place; do
+      for group in antmaze kitchen adroit $([[ ",${2:-cal_ql}," == *,cal_ql,* ]] && echo visual) figure7 figure8 pick-place; do
         commands_of "$group" "$2" "$3"
       done | awk '!seen[$0]++' # groups overlap
       return
@@ -151,6 +152,7 @@ collect_for() {
   if grep -q -- '--env-id pick-place-broad ' <<<"$1 "; then
     python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0
   fi
+  if grep -q -- '--env-id pick-place-pixels ' <<<"$1 "; then python -m collect.pick_place --camera; fi
 }
 
 run_group() {

@@ -31,7 +31,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from rliable import library, metrics
 
 COLUMNS = "phase,updates,env_steps,score,return,regret,mean_q,mean_mc_return,bound_rate,wall_time".split(",")
-LABELS = {"cal_ql_continuous": "Cal-QL", "cql_continuous": "CQL", "sac_offline_data": "SAC + offline data"}
+LABELS = {"cal_ql_continuous": "Cal-QL", "cal_ql_pixels": "Cal-QL", "cql_continuous": "CQL",
+          "sac_offline_data": "SAC + offline data"}
 # Okabe and Ito's colours, which colour-blind people can tell apart; their order is that of legends and tables.
 COLOURS = {"Cal-QL": "#0072B2", "CQL": "#D55E00", "CQL+SAC": "#CC79A7", "Hybrid RL": "#E69F00", "RLPD": "#000000",
            "SAC + offline data": "#009E73", "SAC": "#56B4E9"}

@@ -1,27 +1,40 @@
-"""Pick-and-place with a distractor: the quick start's task, its scripted demonstrator, and its Minari dataset.
+"""Pick-and-place with a distractor, from state or camera: environment, scripted demonstrator, Minari dataset.
 
     python -m collect.pick_place                  # 10 noisy demonstrations, a few seconds
     python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0      # pick-place-broad
+    python -m collect.pick_place --camera         # 500 with images in place of the state, minutes; resumable
 
 A Fetch arm has to put the red cube on the green tray; a blue cube lies in the way and does not matter. The reward
-is 1 on success, which ends the episode, and 0 otherwise; an episode lasts 40 steps. It is the state-based relative
-of the paper's visual manipulation task (appendix G.4): narrow scripted data, sparse reward, contact.
+is 1 on success, which ends the episode, and 0 otherwise; an episode lasts 40 steps. With the camera it is a public
+counterpart of the paper's visual manipulation task (appendix G.4), from the state that task's relative: narrow
+scripted data, sparse reward, contact.
 """
 
 import dataclasses
+import os
 import pathlib
+import shutil
 import sys
 import warnings
+
+try:
+    import mujoco
+except Exception as error:  # if MUJOCO_GL names a library, that is loaded with MuJoCo, whether it will be used or not
+    if __name__ != "__main__":
+        raise
+    print(f"error: MuJoCo does not start ({error}): unset MUJOCO_GL, or install what it names.", file=sys.stderr)
+    sys.exit(2)
 
 import gymnasium as gym
 import gymnasium_robotics
 import minari
-import mujoco
 import numpy as np
 import tyro
+from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.fetch.fetch_env import MujocoFetchEnv
 from minari.data_collector import EpisodeBuffer
+from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 FETCH_XML = pathlib.Path(gymnasium_robotics.__file__).parent / "envs/assets/fetch/pick_and_place.xml"
@@ -31,13 +44,15 @@ TRAY_HALF = np.array([0.07, 0.07, 0.005])
 WORKSPACE = np.array([1.34, 0.80, 0.47])  # positions are reported relative to this point ...
 REACH = 0.15  # ... and in units of this many metres, which brings them to about -1 .. 1
 CUBES_LOW, CUBES_HIGH = np.array([1.24, 0.60]), np.array([1.44, 0.82])  # where the cubes may start (x, y)
+CAMERA = {"lookat": np.array([1.33, 0.79, 0.45]), "distance": 0.62, "azimuth": 155.0, "elevation": -40.0}
+PIXELS = 64  # height and width of the camera's frames
 
 
 class PickPlaceScene(MujocoFetchEnv):
     """The simulation: Fetch's own pick-and-place scene with the cube painted red, plus a blue cube and a green tray.
 
-    Observations are the base class's dictionaries; wrap it in `StateObservation` (or, for images, in a wrapper of
-    its own beside that one). `info["success"]` says whether the red cube lies on the tray after the step.
+    Observations are the base class's dictionaries; wrap it in `StateObservation` or `CameraObservation`.
+    `info["success"]` says whether the red cube lies on the tray after the step.
     """
 
     def __init__(self, **kwargs):
@@ -58,6 +73,8 @@ class PickPlaceScene(MujocoFetchEnv):
         blue.add_geom(name="distractor", type=box, size=[CUBE] * 3, mass=2, rgba=[0.1, 0.2, 0.9, 1])
         scene.worldbody.add_geom(name="tray", type=box, size=TRAY_HALF, pos=TRAY, rgba=[0.1, 0.7, 0.2, 1])
         scene.site("object0").rgba = scene.site("target0").rgba = [0, 0, 0, 0]  # markers of the original task
+        for marker in scene.body("robot0:mocap").geoms:
+            marker.rgba = [0, 0, 0, 0]
         self.model = scene.compile()
         self.data = mujoco.MjData(self.model)
         self._model_names = self._utils.MujocoModelNames(self.model)
@@ -115,7 +132,39 @@ def make_state_env(**kwargs) -> gym.Env:
     return StateObservation(PickPlaceScene(**kwargs))
 
 
+class CameraObservation(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
+    """Observations [64, 64, 3] uint8: what a camera close to the table sees. Needs OpenGL, but no screen."""
+
+    def __init__(self, env: gym.Env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.ObservationWrapper.__init__(self, env)
+        self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
+        scene = env.unwrapped
+        scene.model.vis.quality.offsamples = 0  # without multisampling, and without ...
+        self.renderer = MujocoRenderer(scene.model, scene.data, CAMERA, PIXELS, PIXELS, camera_id=-1)
+        self.renderer.render("rgb_array")  # makes the drawing context
+        for effect in ("SHADOW", "REFLECTION", "SKYBOX"):  # ... these a frame takes a third of the time
+            self.renderer.viewer.scn.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect}")] = 0
+
+    def observation(self, observation):
+        return self.renderer.render("rgb_array").copy()
+
+    def close(self):
+        self.renderer.close()
+        super().close()
+
+
+def make_camera_env(**kwargs) -> gym.Env:
+    """The environment as the camera sees it; recovered from the dataset like the state-based one."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    return CameraObservation(PickPlaceScene(**kwargs))
+
+
 STATE_SPEC = EnvSpec("cal-ql/PickPlace-v0", entry_point="collect.pick_place:make_state_env", max_episode_steps=40)
+CAMERA_SPEC = EnvSpec(
+    "cal-ql/PickPlaceCamera-v0", entry_point="collect.pick_place:make_camera_env", max_episode_steps=40
+)
 
 
 class Demonstrator:
@@ -153,10 +202,12 @@ class Demonstrator:
 class Args:
     """Collect noisy scripted demonstrations of pick-and-place as a Minari dataset."""
 
-    dataset_id: str = "cal-ql/pick-place/narrow-v0"
-    """the Minari id to write"""
-    episodes: int = 10
-    """how many demonstrations"""
+    camera: bool = False
+    """observe images in place of the state"""
+    dataset_id: str | None = None
+    """the Minari id to write; None is cal-ql/pick-place/narrow-v0, with the camera cal-ql/pick-place/pixels-v0"""
+    episodes: int | None = None
+    """how many demonstrations; None is 10, with the camera 500"""
     noise: float = 0.4
     """standard deviation of the noise on the demonstrator's actions; at 0.4 more than half of them succeed"""
     seed: int = 1
@@ -164,41 +215,69 @@ class Args:
     overwrite: bool = False
     """collect anew and replace the dataset where one of that id exists"""
 
+    def __post_init__(self):
+        self.dataset_id = self.dataset_id or f"cal-ql/pick-place/{'pixels' if self.camera else 'narrow'}-v0"
+        self.episodes = (500 if self.camera else 10) if self.episodes is None else self.episodes
+
+    @property
+    def parts(self) -> pathlib.Path:
+        """The hidden folder, beside the dataset's, that keeps the demonstrations until all are there."""
+        path = get_dataset_path(self.dataset_id)
+        return path.with_name(f".{path.name}-seed{self.seed}-noise{self.noise}")
+
+
+def demonstrate(env: gym.Env, noise: float, seed: int) -> dict[str, np.ndarray]:
+    """One demonstration of T <= 40 steps: observations [T+1, ...], actions [T, 4], success [T+1], as Minari has it."""
+    observations, actions, success, over = [env.reset(seed=seed)[0]], [], [False], False
+    demonstrator = Demonstrator(noise, np.random.default_rng(seed))
+    while not over:
+        actions.append(demonstrator(env.unwrapped))
+        observation, _, terminated, truncated, info = env.step(actions[-1])
+        observations.append(observation), success.append(info["success"])
+        over = terminated or truncated
+    return {"observations": np.array(observations), "actions": np.array(actions), "success": np.array(success)}
+
 
 def collect(args: Args) -> minari.MinariDataset:
     """Rolls out the demonstrator and writes the dataset.
 
-    Returns:
-        the dataset, of `args.episodes` episodes of at most 40 steps, with `infos["success"]` [T+1] as Minari has it.
+    Every demonstration is kept until all are written: collecting that was stopped goes on with the first one missing.
+    Raises RuntimeError where the camera cannot draw.
     """
-    env, episodes = gym.make(STATE_SPEC), []
+    spec, parts = CAMERA_SPEC if args.camera else STATE_SPEC, args.parts
+    try:
+        env = gym.make(spec)
+    except Exception as error:  # OpenGL fails in many ways
+        raise RuntimeError(f"cannot draw ({error}): on Debian and Ubuntu `apt-get install libegl1 libegl-mesa0 "
+                           "libgl1-mesa-dri`, and leave MUJOCO_GL unset or egl") from error
+    parts.mkdir(parents=True, exist_ok=True)
     for k in tqdm(range(args.episodes), desc="demonstrations", unit="episode"):
-        seed = 100_000 * args.seed + k
-        obs, _ = env.reset(seed=seed)
-        demonstrator = Demonstrator(args.noise, np.random.default_rng(seed))
-        observations, actions, rewards, terminations, success = [obs], [], [], [], [False]
-        truncated = False
-        while not (truncated or (terminations and terminations[-1])):
-            actions.append(demonstrator(env.unwrapped))
-            obs, reward, terminated, truncated, info = env.step(actions[-1])
-            observations.append(obs), rewards.append(reward), terminations.append(terminated)
-            success.append(info["success"])
-        truncations = [False] * (len(actions) - 1) + [truncated and not terminations[-1]]
-        episodes.append(
-            EpisodeBuffer(
-                id=k, seed=seed, observations=np.array(observations), actions=np.array(actions), rewards=rewards,
-                terminations=terminations, truncations=truncations, infos={"success": np.array(success)},
-            )
-        )
+        if not (parts / f"{k}.npz").exists():
+            np.savez(parts / "unfinished.npz", **demonstrate(env, args.noise, 100_000 * args.seed + k))
+            os.replace(parts / "unfinished.npz", parts / f"{k}.npz")
     env.close()
-    if args.dataset_id in minari.list_local_datasets():
-        minari.delete_dataset(args.dataset_id)
+
+    def episodes():
+        for k in range(args.episodes):
+            part = dict(np.load(parts / f"{k}.npz"))
+            succeeded = part["success"][1:]
+            last = np.arange(len(succeeded)) == len(succeeded) - 1
+            yield EpisodeBuffer(
+                id=k, seed=100_000 * args.seed + k, observations=part["observations"], actions=part["actions"],
+                rewards=succeeded.astype(np.float64), terminations=succeeded, truncations=last & ~succeeded,
+                infos={"success": part["success"]},
+            )
+
+    shutil.rmtree(get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
-        return minari.create_dataset_from_buffers(
-            args.dataset_id, episodes, env=STATE_SPEC, algorithm_name=f"scripted, action noise {args.noise}",
+        dataset = minari.create_dataset_from_buffers(
+            args.dataset_id, episodes(), env=spec, algorithm_name=f"scripted, action noise {args.noise}",
             author="Cal-QL", description="Scripted pick-and-place demonstrations, successful and failed.",
+            jpeg_encoding=False,
         )
+    shutil.rmtree(parts)
+    return dataset
 
 
 def main() -> int:
@@ -206,12 +285,19 @@ def main() -> int:
     if args.episodes < 1 or args.noise < 0:
         print("error: --episodes must be at least 1 and --noise at least 0.", file=sys.stderr)
         return 2
-    if args.dataset_id in minari.list_local_datasets() and not args.overwrite:
+    if args.dataset_id in minari.list_local_datasets() and not args.overwrite and not args.parts.exists():
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     # The environment's entry point is `collect.pick_place`, wherever and however this file is started.
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    dataset = collect(args)
+    try:
+        dataset = collect(args)
+    except RuntimeError as error:
+        print(f"error: {error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     succeeded = sum(bool(episode.infos["success"].any()) for episode in dataset)
     print(f"{dataset.id}: {len(dataset)} episodes, {dataset.total_steps} steps, {succeeded} successful")
     return 0

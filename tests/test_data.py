@@ -416,15 +416,54 @@ def test_collector_keeps_an_existing_dataset(module, collected, monkeypatch, cap
     assert collect(monkeypatch, module, *flags, "0") == 2
 
 
-def test_pick_place_environment_is_sound():
-    env = pick_place.make_state_env()
+def can_draw() -> bool:
+    try:
+        pick_place.make_camera_env().close()
+    except Exception:  # OpenGL fails in many ways
+        return False
+    return True
+
+
+needs_gl = pytest.mark.skipif(not can_draw(), reason="needs OpenGL: libegl1 libegl-mesa0 libgl1-mesa-dri")
+both_views = pytest.mark.parametrize("make", [
+    pick_place.make_state_env, pytest.param(pick_place.make_camera_env, marks=needs_gl),
+])  # fmt: skip
+
+
+@both_views
+def test_pick_place_environment_is_sound(make):
+    env = make()
     check_env(env, skip_render_check=True)
     action = np.array([0.5, -0.5, 0.2, 1], np.float32)
     for seed in (3, 4, 3):  # `env` has been used by the check, and by the seeds before
         used = [env.reset(seed=seed)[0], env.step(action)[0]]
-        fresh = pick_place.make_state_env()
+        fresh = make()
         assert np.array_equal(used, [fresh.reset(seed=seed)[0], fresh.step(action)[0]])
-        assert np.abs(used).max() < 2  # unit scale
+        fresh.close()
+        if make is pick_place.make_state_env:
+            assert np.abs(used).max() < 2  # unit scale
+    env.close()
+
+
+@needs_gl
+def test_camera_sees_both_cubes_and_the_tray_wherever_they_are():
+    env = pick_place.make_camera_env()
+    env.reset(seed=0)
+    scene, (low, high) = env.unwrapped, (pick_place.CUBES_LOW, pick_place.CUBES_HIGH)
+    scene.data.mocap_pos[0, 2] += 0.3  # the arm out of the way
+    for _ in range(10):
+        scene.step(np.zeros(4, np.float32))
+    corners = [(low[0], low[1]), (high[0], high[1]), (low[0], high[1]), (high[0], low[1])]
+    for red, blue in zip(corners, corners[::-1], strict=True):
+        for joint, place in (("object0:joint", red), ("distractor:joint", blue)):
+            scene._utils.set_joint_qpos(scene.model, scene.data, joint, [*place, TABLE, 1, 0, 0, 0])
+        scene._mujoco.mj_forward(scene.model, scene.data)
+        frame = env.observation(None).astype(int)
+        assert frame.shape == (64, 64, 3)
+        for channel, least in ((0, 10), (1, 50), (2, 10)):  # red, green, blue: pixels that have no other colour
+            others = np.delete(frame, channel, axis=2).max(axis=2)
+            assert (frame[..., channel] > others + 60).sum() >= least
+    env.close()
 
 
 FLAT, STACKED, TABLE = 0.435, 0.485, 0.425  # heights of a cube's centre on the tray, on a cube there, on the table
@@ -438,14 +477,16 @@ FLAT, STACKED, TABLE = 0.435, 0.485, 0.425  # heights of a cube's centre on the 
     ((1.34, 0.80, TABLE), (1.34, 0.95, FLAT), False),  # the blue cube in its place
     ((1.44, 0.95, TABLE), (1.30, 0.65, TABLE), False),  # beside the tray
 ])  # fmt: skip
-def test_pick_place_success(red, blue, success):
-    env = pick_place.make_state_env()
+@both_views
+def test_pick_place_success(make, red, blue, success):
+    env = make()
     env.reset(seed=1)
     scene = env.unwrapped
     for joint, position in (("object0:joint", red), ("distractor:joint", blue)):
         scene._utils.set_joint_qpos(scene.model, scene.data, joint, [*position, 1, 0, 0, 0])
     _, reward, terminated, _, info = env.step(np.zeros(4, np.float32))
     assert (reward, terminated, info["success"]) == (float(success), success, success)
+    env.close()
 
 
 def test_demonstrator_without_noise_succeeds(monkeypatch):
@@ -453,3 +494,50 @@ def test_demonstrator_without_noise_succeeds(monkeypatch):
     assert collect(monkeypatch, pick_place, *flags) == 0
     dataset = minari.load_dataset("cal-ql/pick-place/clean-v0")
     assert sum(episode.rewards.max() for episode in dataset) >= 9
+
+
+def test_about_half_of_the_noisy_demonstrations_succeed():
+    env = gym.make(pick_place.STATE_SPEC)
+    demonstrations = [pick_place.demonstrate(env, pick_place.Args().noise, 100_000 + k) for k in range(60)]
+    assert 0.4 <= np.mean([demonstration["success"].any() for demonstration in demonstrations]) <= 0.7
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(["--camera"], marks=needs_gl)])
+def test_collecting_goes_on_where_it_stopped(flags, monkeypatch, capsys):
+    demonstrate, seeds = pick_place.demonstrate, []
+
+    def interrupted(env, noise, seed):
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        seeds.append(seed)
+        return demonstrate(env, noise, seed)
+
+    folder = minari.storage.get_dataset_path("cal-ql/pick-place")
+    flags = [*flags, "--episodes", "4", "--overwrite", "--dataset-id"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pick_place, "demonstrate", interrupted)
+        assert collect(patch, pick_place, *flags, "cal-ql/pick-place/stopped-v0") == 130
+        assert "goes on" in capsys.readouterr().err and len(list(folder.glob(".stopped*/*.npz"))) == 2
+        seeds.clear()
+        assert collect(patch, pick_place, *flags, "cal-ql/pick-place/stopped-v0") == 0
+    assert len(seeds) == 2 and not list(folder.glob(".stopped*"))
+    assert collect(monkeypatch, pick_place, *flags, "cal-ql/pick-place/whole-v0") == 0
+    stopped, whole = (minari.load_dataset(f"cal-ql/pick-place/{name}-v0") for name in ("stopped", "whole"))
+    for ours, theirs in zip(stopped, whole, strict=True):
+        assert ours.observations.dtype == (np.uint8 if "--camera" in flags else np.float64)
+        for column in ("observations", "actions", "rewards", "terminations", "truncations"):
+            assert np.array_equal(getattr(ours, column), getattr(theirs, column))
+    env = whole.recover_environment()  # draws what is in the data
+    seed = next(whole.storage.get_episode_metadata([0]))["seed"]
+    assert np.array_equal(env.reset(seed=seed)[0], whole[0].observations[0])
+    env.close()
+
+
+def test_collecting_without_gl_names_the_packages(monkeypatch, capsys):
+    def fail(spec):
+        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+
+    monkeypatch.setattr(pick_place.gym, "make", fail)
+    assert collect(monkeypatch, pick_place, "--camera", "--dataset-id", "cal-ql/pick-place/undrawn-v0") == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: cannot draw") and "libegl1 libegl-mesa0 libgl1-mesa-dri" in errors

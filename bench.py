@@ -1,8 +1,11 @@
 """Measures and prints; passes and fails nothing. The last line of each command is one JSON object.
 
     python bench.py update --env-id antmaze-large-diverse --device cpu     # one gradient update at a task's size
+    python bench.py update --env-id pick-place-pixels                      # the same from images
     python bench.py load                                                   # a full-size AntMaze dataset, made for it
+    python bench.py load --env-id pick-place-pixels                        # 50,000 steps with images, made for it
     python bench.py online --env-id pick-place                             # where the online phase's time goes
+    python bench.py collect                                                # frames a second of collecting images
 """
 
 import argparse
@@ -18,11 +21,13 @@ import warnings
 import numpy as np
 import torch
 
-import cal_ql_continuous as script
+import cal_ql_continuous
+import cal_ql_pixels
 
 STATE_AND_ACTION = {
     "antmaze": (29, 8), "adroit": (45, 24), "kitchen": (59, 9), "pick-place": (11, 4), "pointmaze": (4, 2),
 }
+FRAME = (64, 64, 3)
 
 
 def describe(device: str) -> str:
@@ -31,14 +36,24 @@ def describe(device: str) -> str:
 
 def bench_update(options: argparse.Namespace) -> dict:
     """Times whole updates, sampling included, on random rows of the task's sizes."""
-    args = script.parse_args(["--env-id", options.env_id, "--device", options.device, "--buffer-size", "100000"])
-    obs_dim, action_dim = STATE_AND_ACTION[script.TASKS[options.env_id].domain]
+    flags = ["--env-id", options.env_id, "--device", options.device, "--buffer-size", "10000"]
     rng = np.random.default_rng(0)
-    episode = script.Episode(
-        rng.standard_normal((100_001, obs_dim), np.float32), rng.uniform(-1, 1, (100_000, action_dim)),
-        rng.integers(0, 2, 100_000).astype(np.float32), np.zeros(100_000, bool))
-    buffer = script.ReplayBuffer([episode], args, True, torch.device(options.device))
-    agent = script.Agent(obs_dim, action_dim, args).to(options.device)
+    pixels = options.env_id in cal_ql_pixels.TASKS
+    script = cal_ql_pixels if pixels else cal_ql_continuous
+    args, rows = script.parse_args(flags), 10_000 if pixels else 100_000
+    obs_dim, action_dim = (0, 4) if pixels else STATE_AND_ACTION[script.TASKS[options.env_id].domain]
+    observations = rng.standard_normal((rows + 1, obs_dim), np.float32)
+    if pixels:
+        observations = cal_ql_pixels.Observation(rng.integers(0, 256, (rows + 1, *FRAME), np.uint8), observations)
+    episode = script.Episode(observations, rng.uniform(-1, 1, (rows, action_dim)),
+                             rng.integers(0, 2, rows).astype(np.float32), np.zeros(rows, bool))
+    device = torch.device(options.device)
+    if pixels:
+        buffer = script.ReplayBuffer(iter([episode]), rows + 1, args, True, device)
+        agent = script.Agent(FRAME, 0, action_dim, args).to(device)
+    else:
+        buffer = script.ReplayBuffer([episode], args, True, device)
+        agent = script.Agent(obs_dim, action_dim, args).to(device)
     optimizer = agent.make_optimizer(args)
 
     def one_update() -> None:
@@ -89,27 +104,64 @@ def make_full_size_antmaze(folder: str) -> None:
             "D4RL/antmaze/large-diverse-v1", episodes(), env="AntMaze_Large_Diverse_GR-v4")
 
 
+def make_frames(folder: str) -> None:
+    """Writes 1,250 episodes of 40 random steps in the schema of cal-ql/pick-place/pixels-v0."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    from collect import pick_place
+
+    rng = np.random.default_rng(0)
+    episodes = (
+        EpisodeBuffer(
+            id=k, observations=rng.integers(0, 256, (41, *FRAME), np.uint8),
+            actions=rng.uniform(-1, 1, (40, 4)).astype(np.float32), rewards=np.zeros(40),
+            terminations=np.zeros(40, bool), truncations=np.arange(40) == 39)
+        for k in range(1250))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
+        minari.create_dataset_from_buffers(
+            "cal-ql/pick-place/pixels-v0", episodes, env=pick_place.CAMERA_SPEC, jpeg_encoding=False)
+
+
 def bench_load(options: argparse.Namespace) -> dict:
-    """Times reading, relabelling and storing 1,000,000 steps in a process of its own; the making is not counted."""
+    """Times reading and storing a full-size dataset in a process of its own; the making is not counted."""
+    pixels = options.env_id in cal_ql_pixels.TASKS
     if options.child:
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731  in GB
-        before, started = peak(), time.perf_counter()
-        task, args = script.TASKS["antmaze-large-diverse"], script.parse_args([])
+        script = cal_ql_pixels if pixels else cal_ql_continuous
+        task, args = script.TASKS[options.env_id], script.parse_args(["--env-id", options.env_id])
         dataset = script.open_dataset(task.datasets[0])
-        env = script.make_env(dataset, task, args.episode_length)
-        script.ReplayBuffer(script.load_episodes([dataset], task, env), args, True, torch.device("cpu"))
-        return {"seconds": time.perf_counter() - started, "gigabytes_beyond_imports": peak() - before}
+        env = script.make_env(dataset, *([] if pixels else [task]), args.episode_length)
+        before, started = peak(), time.perf_counter()
+        episodes = script.load_episodes([dataset], task, *([] if pixels else [env]))
+        num_frames = [dataset.total_steps + len(dataset)] if pixels else []
+        script.ReplayBuffer(episodes, *num_frames, args, True, torch.device("cpu"))
+        return {"seconds": time.perf_counter() - started, "gigabytes_added": peak() - before}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
         print("writing the dataset ...", flush=True)
-        make_full_size_antmaze(folder)
-        command = [sys.executable, __file__, "load", "--child"]
+        (make_frames if pixels else make_full_size_antmaze)(folder)
+        command = [sys.executable, __file__, "load", "--child", "--env-id", options.env_id]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return json.loads(lines[-1])
 
 
+def bench_collect(options: argparse.Namespace) -> dict:
+    """Frames a second of noisy demonstrations before the camera: physics, drawing and the demonstrator together."""
+    import gymnasium as gym
+
+    from collect import pick_place
+
+    env, frames, started = gym.make(pick_place.CAMERA_SPEC), 0, time.perf_counter()
+    for seed in range(options.repeats):
+        frames += len(pick_place.demonstrate(env, pick_place.Args().noise, seed)["observations"])
+    return {"frames_per_second": frames / (time.perf_counter() - started), "device": describe("cpu")}
+
+
 def bench_online(options: argparse.Namespace) -> dict:
     """Splits the wall time of a short online phase; time inside an evaluation counts as evaluation alone."""
+    script = cal_ql_continuous
     spent = dict.fromkeys(("environment", "policy", "update", "evaluation"), 0.0)
     began: list[float] = []
     active: list[str] = []
@@ -160,18 +212,20 @@ def bench_online(options: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("update", "load", "online"):
-        command = commands.add_parser(name)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name in ("update", "load", "online", "collect"):
+        command = subparsers.add_parser(name)
         command.add_argument("--env-id", default="pick-place" if name == "online" else "antmaze-large-diverse")
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-        command.add_argument("--repeats", type=int, default=20, help="updates to time")
+        command.add_argument("--repeats", type=int, default=20, help="updates or episodes to time")
         command.add_argument("--steps", type=int, default=600, help="environment steps of the online phase")
         command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.env_id not in script.TASKS:
-        parser.error(f"unknown --env-id {options.env_id}; choose from {', '.join(script.TASKS)}")
-    result = {"update": bench_update, "load": bench_load, "online": bench_online}[options.command](options)
+    known = [*cal_ql_continuous.TASKS] + [*cal_ql_pixels.TASKS] * (options.command != "online")
+    if options.env_id not in known:
+        parser.error(f"unknown --env-id {options.env_id}; choose from {', '.join(known)}")
+    commands = {"update": bench_update, "load": bench_load, "online": bench_online, "collect": bench_collect}
+    result = commands[options.command](options)
     about = {"command": options.command, "env_id": options.env_id, "date": time.strftime("%Y-%m-%d")}
     print(json.dumps(result | about))
 

@@ -35,6 +35,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import multiprocessing.pool
@@ -44,6 +45,7 @@ import sys
 import time
 import warnings
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
@@ -363,9 +365,9 @@ def make_env(dataset: minari.MinariDataset, episode_length: int) -> gym.Env:
     return gym.wrappers.TransformObservation(env, lambda observation: to_observation(observation, space), None)
 
 
-def load_episodes(datasets: list[minari.MinariDataset], task: Task) -> list[Episode]:
-    """Reads all episodes. Raises InputError for NaN or infinity, or if there is none."""
-    episodes, clipped, entries, not_finite = [], 0, 0, []
+def load_episodes(datasets: list[minari.MinariDataset], task: Task) -> Iterator[Episode]:
+    """Reads one episode after the other. Raises InputError in the end for NaN or infinity, or if there was none."""
+    count, successes, clipped, entries, not_finite = 0, 0, 0, 0, []
     for dataset in datasets:
         box = dataset.action_space
         for data in tqdm(dataset, f"read {dataset.id}", unit="episode", leave=False, mininterval=1):
@@ -376,17 +378,16 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task) -> list[Epis
                 not_finite.append(f"{data.id} of {dataset.id}")
             clipped, entries = clipped + int((np.abs(actions) > 1).sum()), entries + actions.size
             actions = actions.clip(-0.99999, 0.99999)  # tanh reaches +-1 only at infinity
-            episodes.append(Episode(observations, actions, rewards, terminations))
+            count, successes = count + 1, successes + bool((rewards > 0).any())
+            yield Episode(observations, actions, rewards, terminations)
     if not_finite:
         raise InputError(f"NaN or infinity in {len(not_finite)} episodes; repair or drop {', '.join(not_finite[:9])}.")
-    if not episodes:
+    if not count:
         raise InputError(f"{' and '.join(task.datasets)} hold no usable episode: collect or download them anew.")
-    successes = sum(bool((episode.rewards > 0).any()) for episode in episodes)
-    print(f"data: {len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {successes} "
+    print(f"data: {count} episodes, {sum(dataset.total_steps for dataset in datasets)} steps, {successes} "
           f"episodes with reward > 0; {clipped} of {entries} action entries lay outside of the box and were clipped")
     if task.domain in DOMAINS and successes < 10:
         print(f"warning: only {successes} episodes succeed; below 10, seeds differ much and learning may fail.")
-    return episodes
 
 
 def monte_carlo_returns(rewards: np.ndarray, terminations: np.ndarray, gamma: float, tail: float) -> np.ndarray:
@@ -427,24 +428,25 @@ class ReplayBuffer:
     table, with sparse rewards, so that episodes cut off by time get a tail.
     """
 
-    def __init__(self, episodes: list[Episode], args: Args, sparse: bool, device: torch.device):
-        """Empties the list `episodes` while it copies them: the frames are never in memory twice."""
+    def __init__(self, episodes: Iterator[Episode], num_frames: int, args: Args, sparse: bool, device: torch.device):
+        """Takes the offline episodes, `num_frames` frames in all, one by one: no frame is ever in memory twice."""
         self.args, self.sparse, self.device = args, sparse, device
-        lengths = [len(episode.rewards) for episode in episodes]
-        self.num_offline, self.filled, self.cursor = sum(lengths), 0, 0  # rows, slots of the ring filled, its next slot
-        self.ring = self.num_offline + len(episodes)  # the first slot of the ring
-        slots, (pixels, vector) = self.ring + args.buffer_size, episodes[0].observations
+        self.ring, self.filled, self.cursor = num_frames, 0, 0  # the ring's first slot, slots filled, the next of them
+        first = next(episodes)
+        slots, (pixels, vector) = self.ring + args.buffer_size, first.observations
         empty = functools.partial(torch.empty, device=device)
         self.observations = Observation(
             empty(slots, *pixels.shape[1:], dtype=torch.uint8), empty(slots, vector.shape[1]))
         # Actions [A], reward, termination, return, and whether the slot may be drawn.
-        self.columns = [empty(slots, episodes[0].actions.shape[1]), *empty(4, slots)]
+        self.columns = [empty(slots, first.actions.shape[1]), *empty(4, slots)]
         end = 0
-        for length in lengths:
-            self.write(episodes.pop(0), torch.arange(end, end + length + 1, device=device))
-            end += length + 1
+        for episode in itertools.chain([first], episodes):
+            start, end = end, end + len(episode.rewards) + 1
+            self.write(episode, torch.arange(start, end, device=device))
+        offline = self.columns[-1][: self.ring].nonzero().squeeze(1)
+        self.num_offline = len(offline)
         self.rows = torch.zeros(slots, dtype=torch.long, device=device)  # slots that may be drawn, offline ones first
-        self.rows[: self.num_offline] = self.columns[-1][: self.ring].nonzero().squeeze(1)
+        self.rows[: self.num_offline] = offline
         # Device scalars: they change between episodes, while sampling keeps its shapes and needs no host.
         self.offline_share, self.online_rows = torch.zeros(2, dtype=torch.float64, device=device)
         self.update_share()
@@ -836,7 +838,8 @@ def train(args: Args) -> None:
     task, started = find_task(args.env_id), time.time()
     datasets = [open_dataset(dataset_id) for dataset_id in task.datasets]
     env = make_env(datasets[-1], args.episode_length)
-    buffer = ReplayBuffer(load_episodes(datasets, task), args, task.domain in DOMAINS, device)
+    num_frames = sum(dataset.total_steps + len(dataset) for dataset in datasets)
+    buffer = ReplayBuffer(load_episodes(datasets, task), num_frames, args, task.domain in DOMAINS, device)
     torch.manual_seed(args.seed)
     pixels, vector = (part.shape[1:] for part in buffer.observations)
     agent = Agent(pixels, vector[0], buffer.columns[0].shape[1], args).to(device)

@@ -2,6 +2,7 @@
 
     python plot.py                                               # all of runs/, into figures/
     python plot.py "runs/pick-place__*" --out figures/pick-place
+    python plot.py --film runs/pick-place-pixels__<...>          # instead: film.png, a success of that run's policy
 
     curves.png       score against online environment steps, one panel a task
     iqm.png          interquartile mean of final score and regret over tasks and seeds, one row an algorithm
@@ -363,12 +364,47 @@ def make_table(groups: Groups) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_film(run: str, frames: int = 9, attempts: int = 50) -> Figure:
+    """Evenly spaced frames, first and last included, of the first successful episode of a run of cal_ql_pixels.py.
+
+    The policy is the checkpoint's, deterministic as in evaluations; the episodes' seeds are 0 and on.
+    """
+    import cal_ql_pixels as script
+
+    try:
+        checkpoint = script.read_checkpoint(run)
+        args = script.Args(**checkpoint["args"])
+        dataset = script.open_dataset(script.find_task(args.env_id).datasets[-1])
+        env = script.make_env(dataset, args.episode_length)
+    except script.InputError as error:
+        raise InputError(str(error)) from error
+    pixels, vector = env.reset()[0]
+    agent = script.Agent(pixels.shape, len(vector), env.action_space.shape[0], args)
+    agent.load_state_dict(checkpoint["agent"])
+    for seed in range(attempts):
+        episode, score = script.roll_out(env, agent, seed, False, lambda: None)
+        if score:
+            break
+    else:
+        raise InputError(f"{run}'s policy has no success in {attempts} episodes: train it longer")
+    env.close()
+    note(f"episode with seed {seed}, {len(episode.rewards)} steps")
+    fig = Figure(figsize=(1.25 * frames, 1.5), dpi=120, layout="constrained")
+    for ax, step in zip(fig.subplots(1, frames), np.linspace(0, len(episode.rewards), frames).round(), strict=True):
+        ax.imshow(episode.observations.pixels[int(step)], interpolation="nearest")
+        ax.set_title(f"step {step:.0f}", fontsize=9)
+        ax.axis("off")
+    return fig
+
+
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]] = ("runs/*",)
     """folders of runs, or globs of them"""
     out: Path = Path("figures")
     """folder for the figures and the table"""
+    film: Path | None = None
+    """folder of one run of cal_ql_pixels.py: draw a film strip of its policy and nothing else"""
     reps: int = 2000
     """bootstrap resamples"""
 
@@ -377,6 +413,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
     args = tyro.cli(Args, args=argv, description=__doc__)
     try:
+        if args.film:
+            film = draw_film(str(args.film))
+            args.out.mkdir(parents=True, exist_ok=True)
+            film.savefig(args.out / "film.png")
+            return 0
         groups = read_runs(args.runs)
         args.out.mkdir(parents=True, exist_ok=True)
         figures = {"curves": draw_curves(groups, args.reps), "iqm": draw_iqm(groups, args.reps),

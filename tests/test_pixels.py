@@ -184,7 +184,9 @@ def make_episode(first: int, length: int, vector: int = 1) -> Episode:
 
 def make_buffer(offline: list[Episode], **settings) -> ReplayBuffer:
     """Slots that no episode has filled yet hold 255 or NaN, so that a sample of one shows."""
-    buffer = ReplayBuffer(offline, Args(**(dict(buffer_size=20, mixing_ratio=0.0) | settings)), True, CPU)
+    num_frames = sum(len(episode.rewards) + 1 for episode in offline)
+    args = Args(**(dict(buffer_size=20, mixing_ratio=0.0) | settings))
+    buffer = ReplayBuffer(iter(offline), num_frames, args, True, CPU)
     buffer.observations.pixels[buffer.ring :] = 255
     for column in buffer.columns:
         column[buffer.ring :] = torch.nan
@@ -204,9 +206,8 @@ def check_rows(buffer: ReplayBuffer, expected: set[int]) -> None:
 
 
 def test_rows_are_whole_and_last_frames_are_never_drawn():
-    offline = [make_episode(0, 3), make_episode(10, 5)]
-    buffer = make_buffer(offline)
-    assert not offline and (buffer.num_offline, len(buffer.observations.pixels)) == (8, 10 + 20)
+    buffer = make_buffer([make_episode(0, 3), make_episode(10, 5)])
+    assert (buffer.num_offline, len(buffer.observations.pixels)) == (8, 10 + 20)
     check_rows(buffer, {0, 1, 2, *range(10, 15)})
     buffer.add(make_episode(100, 4))
     check_rows(buffer, {100, 101, 102, 103})
@@ -260,7 +261,7 @@ def test_50_000_steps_of_64_by_64_fit_into_a_gigabyte():
     frames = Observation(np.zeros((2, 64, 64, 3), np.uint8), np.zeros((2, 0), np.float32))
     episode = Episode(frames, np.zeros((1, 4), np.float32), np.zeros(1, np.float32), np.ones(1, bool))
     slots = 50_000 + 50_000 // 20  # in episodes of 20 steps; the memory is not touched here
-    buffer = ReplayBuffer([episode], Args(buffer_size=slots), True, CPU)
+    buffer = ReplayBuffer(iter([episode]), 2, Args(buffer_size=slots), True, CPU)
     tensors = [*buffer.observations, *buffer.columns, buffer.rows]
     assert sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values()) < 0.7e9
 
@@ -404,3 +405,22 @@ def test_missing_gl_names_the_packages(runs, capsys, monkeypatch):
 
     monkeypatch.setattr(DotEnv, "reset", fail)
     check_refused(["--env-id", "test/dot-v0"], capsys, "eglQueryString", "libegl1 libegl-mesa0 libgl1-mesa-dri")
+
+
+def test_film_shows_a_success(runs, monkeypatch, capsys):
+    plot = pytest.importorskip("plot")
+    flags = ["--env-id", "test/dot-v0", *TINY, "--offline-steps", "1", "--online-steps", "0"]
+    assert main(flags) == 0
+    run = only(runs)
+    monkeypatch.setattr(cal_ql_pixels.Agent, "act", lambda self, observation, generator: np.array([0.0, 0.5]))
+    assert plot.main(["--film", str(run), "--out", "figures"]) == 0
+    assert [path.name for path in Path("figures").iterdir()] == ["film.png"]
+    assert len(plot.draw_film(str(run), frames=3).axes) == 3
+    first, *_, last = [ax.images[0].get_array() for ax in plot.draw_film(str(run)).axes]
+    assert last[:, -1].any() and not first[:, -1].any()  # the dot arrives at the right edge
+
+    monkeypatch.setattr(cal_ql_pixels.Agent, "act", lambda self, observation, generator: np.array([0.0, -0.5]))
+    assert plot.main(["--film", str(run)]) == 2
+    assert "no success" in capsys.readouterr().err
+    assert plot.main(["--film", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err

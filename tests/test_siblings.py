@@ -30,7 +30,8 @@ MAY_DIFFER = {
 LEFT_OUT = {"cal_ql_pixels.py": {"antmaze", "to_state"}}
 ADDED = {
     "cal_ql_pixels.py": {
-        "import functools", "Observation", "find_boxes", "to_observation", "Encoder", "shift_frames",
+        "import functools", "import itertools", "from collections.abc import Iterator",
+        "Observation", "find_boxes", "to_observation", "Encoder", "shift_frames",
     },
 }
 

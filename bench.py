@@ -34,8 +34,58 @@ def describe(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
+def count_work(args, obs_dim: int, action_dim: int) -> tuple[float, float]:
+    """FLOP of the matrix products of one update of cal_ql_continuous.py, and the bytes that it cannot but move.
+
+    A product of [m, k] and [k, n] is 2 m k n FLOP, forward; its gradient to the weights is as much again, and so is
+    the one to the inputs, where these need one. The bytes: hidden activations and their gradients are written and read
+    once, parameters, gradients and Adam's two moments are read and written once. float32.
+    """
+    rows, n = args.batch_size, args.num_actions
+    widths = [*args.critic_layers, 1]
+    inner = sum(2 * i * o for i, o in zip(widths, widths[1:], strict=False))  # FLOP an action after the first layer
+    of_state, of_action = 2 * obs_dim * widths[0], 2 * action_dim * widths[0]
+
+    def critics(actions: int, weights: bool, inputs: bool) -> float:
+        first = (1 + weights) * (of_state + actions * of_action) + inputs * actions * of_action
+        # In the critics' own loss the gradient runs through the inner layers, but not into states and actions.
+        return args.num_critics * rows * (first + actions * (1 + weights + (weights or inputs)) * inner)
+
+    policy = [obs_dim, *args.actor_layers, 2 * action_dim]
+    products = [2 * i * o for i, o in zip(policy, policy[1:], strict=False)]
+    actors = rows * (2 * sum(products) + 2 * sum(products) - products[0])  # s, s', and the gradients for s
+    flop = critics(1 + 3 * n, True, False) + critics(n, False, False) + critics(1, False, True) + actors
+    with_gradient, without = (1 + 3 * n) + 1, n
+    hidden = args.num_critics * rows * sum(args.critic_layers) * (4 * with_gradient + 2 * without)
+    critic = args.num_critics * sum(i * o for i, o in zip([obs_dim + action_dim, *widths], widths, strict=False))
+    parameters = critic + sum(i * o for i, o in zip(policy, policy[1:], strict=False))
+    return flop, 4 * (hidden + 8 * parameters)
+
+
+def measure_roofline(args, flop: float, moved: float, device: torch.device, wait) -> dict[str, float]:
+    """Seconds that an update would take at the device's measured rates of matrix products and of copies."""
+    width, rows = max(args.critic_layers), args.batch_size * (1 + 3 * args.num_actions)
+    a = torch.randn(args.num_critics, rows, width, device=device)
+    b, out, copy = torch.randn(args.num_critics, width, width, device=device), torch.empty_like(a), torch.empty_like(a)
+
+    def rate(amount: float, function) -> float:
+        seconds = []
+        for _ in range(20):
+            wait()
+            started = time.perf_counter()
+            function()
+            wait()
+            seconds.append(time.perf_counter() - started)
+        return amount / np.median(seconds)
+
+    product = rate(2 * a.numel() * width, lambda: torch.bmm(a, b, out=out))
+    bandwidth = rate(2 * a.nbytes, lambda: copy.copy_(a))
+    return {"flop": flop, "bytes": moved, "flop_per_second": product, "bytes_per_second": bandwidth,
+            "roofline_seconds": max(flop / product, moved / bandwidth)}
+
+
 def bench_update(options: argparse.Namespace) -> dict:
-    """Times whole updates, sampling included, on random rows of the task's sizes."""
+    """Times whole updates, sampling included, on random rows of the task's sizes, against the roofline."""
     flags = ["--env-id", options.env_id, "--device", options.device, "--buffer-size", "10000"]
     rng = np.random.default_rng(0)
     pixels = options.env_id in cal_ql_pixels.TASKS
@@ -65,18 +115,27 @@ def bench_update(options: argparse.Namespace) -> dict:
         if options.device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(3):
+    for _ in range(5):
         one_update()
-    seconds = []
-    for _ in range(options.repeats):
+    rooflines, seconds = [], []
+    for k in range(options.repeats):
+        if k % 10 == 0 and not pixels:  # in turn, because a machine's speed drifts
+            rooflines.append(measure_roofline(args, *count_work(args, obs_dim, action_dim), device, wait))
         wait()
         started = time.perf_counter()
         one_update()
         wait()
         seconds.append(time.perf_counter() - started)
     low, median, high = np.percentile(seconds, [0, 50, 100])
-    print(f"one update: {1000 * median:.1f} ms (median of {options.repeats}; {1000 * low:.1f} to {1000 * high:.1f})")
-    return {"updates_per_second": 1 / median, "device": describe(options.device), "settings": vars(args)}
+    print(f"one update: {1000 * median:.2f} ms (median of {options.repeats}; {1000 * low:.2f} to {1000 * high:.2f})")
+    result = {"updates_per_second": 1 / median, "device": describe(options.device), "settings": vars(args)}
+    if rooflines:
+        result |= {name: float(np.median([x[name] for x in rooflines])) for name in rooflines[0]}
+        result["share_of_roofline"] = result["roofline_seconds"] / median
+        print(f"roofline: {1000 * result['roofline_seconds']:.2f} ms ({result['flop'] / 1e9:.1f} GFLOP at "
+              f"{result['flop_per_second'] / 1e9:.0f} GFLOP/s, {result['bytes'] / 1e9:.2f} GB at "
+              f"{result['bytes_per_second'] / 1e9:.1f} GB/s); share {100 * result['share_of_roofline']:.0f}%")
+    return result
 
 
 def make_full_size_antmaze(folder: str) -> None:
@@ -164,6 +223,7 @@ def bench_online(options: argparse.Namespace) -> dict:
     script = cal_ql_continuous
     spent = dict.fromkeys(("environment", "policy", "update", "evaluation"), 0.0)
     began: list[float] = []
+    steps: list[int] = []
     active: list[str] = []
 
     def timed(kind: str, function):
@@ -186,7 +246,9 @@ def bench_online(options: argparse.Namespace) -> dict:
     def roll_out_by_kind(env, task, actor, seed, stochastic, check):
         if stochastic and not began:
             began.append(time.perf_counter())  # the online phase begins with its first episode
-        return (roll_out if stochastic else evaluation)(env, task, actor, seed, stochastic, check)
+        episode, score = (roll_out if stochastic else evaluation)(env, task, actor, seed, stochastic, check)
+        steps.append(stochastic * len(episode.rewards))
+        return episode, score
 
     def make_timed_env(*arguments):
         env = make_env(*arguments)
@@ -207,7 +269,8 @@ def bench_online(options: argparse.Namespace) -> dict:
     spent["rest"] = wall - sum(spent.values())
     for kind, seconds in spent.items():
         print(f"{kind:12} {seconds:7.2f} s  {100 * seconds / wall:5.1f}%")
-    return {"shares": {kind: seconds / wall for kind, seconds in spent.items()}, "wall_seconds": wall}
+    return {"shares": {kind: seconds / wall for kind, seconds in spent.items()}, "wall_seconds": wall,
+            "environment_steps_per_second": sum(steps) / spent["environment"], "device": describe(options.device)}
 
 
 def main() -> None:

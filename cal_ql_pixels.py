@@ -20,10 +20,11 @@ up on the data's; Cal-QL does not push below the return of the data itself (equa
 
     min_Q  w * ( E_{s~D, a~pi}[ max(Q(s,a), V^mu(s)) ] - E_{s,a~D}[ Q(s,a) ] )  +  E_D[ (Q - target)^2 ]
 
-with V^mu(s) estimated by the Monte-Carlo return of the row (one transition). What images add: the encoder, which learns
-from the critics' loss alone and runs once a state, however many actions are sampled there; random shifts of the frames
-(Kostrikov et al. 2020, arXiv:2004.13649); and a replay that keeps every frame once, as bytes. Losses, actor and critics
-are those of `cal_ql_continuous.py`, to the letter. Read on from `Args`, or run:
+with V^mu(s), the value of the policy mu that collected the data, estimated by the Monte-Carlo return of the row (one
+transition). What images add: an encoder, which learns from the critics' loss alone and runs once a state, however many
+actions are sampled there; random shifts of the frames (Kostrikov et al. 2020, arXiv:2004.13649); and a replay that
+keeps every frame once, as bytes. Losses and critics are those of `cal_ql_continuous.py`, to the letter. Read on from
+`Args`, or run:
 
     python cal_ql_pixels.py --env-id pick-place-pixels               # first: python -m collect.pick_place --camera
     python cal_ql_pixels.py --env-id <namespace>/<name>-v0           # any Minari dataset that holds images
@@ -103,8 +104,8 @@ class Args:
     """rewards are multiplied by this ..."""
     reward_bias: float = 0.0
     """... and this is added"""
-    buffer_size: int = 100_000
-    """online frames kept, one more than steps for each episode; the oldest are overwritten"""
+    buffer_size: int = 110_000
+    """online frames kept, of which an episode of T steps has T + 1; the oldest are overwritten"""
     mixing_ratio: float = 0.5
     """share of offline rows in an online batch; -1 samples offline and online rows alike"""
 
@@ -114,15 +115,15 @@ class Args:
     gamma: float = 0.99
     """discount"""
     tau: float = 0.005
-    """step of the target critics towards the critics"""
+    """step of the target critics and their encoder towards the learned ones"""
     actor_lr: float = 1e-4
     """learning rate of the actor and the temperature"""
     critic_lr: float = 3e-4
-    """learning rate of the critics and the Lagrange multiplier"""
+    """learning rate of encoder, critics and the Lagrange multiplier"""
     latent_dim: int = 50
     """features that the encoder makes of an image"""
     random_shift: int = 4
-    """most pixels that a frame is shifted by, up or down and left or right, when it is drawn"""
+    """most pixels that a frame is shifted by, up or down and left or right, whenever it is sampled"""
     actor_layers: tuple[int, ...] = (256, 256)
     """hidden layers of the actor"""
     critic_layers: tuple[int, ...] = (256, 256)
@@ -236,10 +237,10 @@ def check_args(args: Args) -> None:
     """Raises InputError for the first setting that is out of range."""
     rules = [
         ("eval_episodes offline_eval_interval online_eval_interval checkpoint_interval log_interval batch_size "
-         "num_actions num_critics utd_ratio actor_interval latent_dim", lambda value: value >= 1, "at least 1"),
-        ("buffer_size", lambda value: value >= 2, "at least 2: a step has two frames"),
+         "num_actions num_critics utd_ratio actor_interval", lambda value: value >= 1, "at least 1"),
+        ("buffer_size latent_dim", lambda value: value >= 2, "at least 2"),  # frames of a step; layer norm of one is 0
         ("seed offline_steps online_steps episode_length", lambda value: 0 <= value < 2**63, "at least 0, below 2**63"),
-        ("random_shift", lambda value: value >= 0, "at least 0"),
+        ("random_shift", lambda value: 0 <= value < 1000, "in [0, 1000)"),
         ("cql_weight online_cql_weight", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
         ("actor_layers critic_layers", lambda value: min(value, default=0) >= 1, "one or more sizes of at least 1"),
         ("actor_lr critic_lr reward_scale", lambda value: 0 < value < math.inf, "a finite number greater than 0"),
@@ -285,7 +286,7 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
     try:
         if not (path / "data").exists():
             if dataset_id.startswith("cal-ql/"):
-                raise LookupError("make it with `python -m collect.pick_place --camera`")
+                raise LookupError("python -m collect.pick_place --camera makes cal-ql/pick-place/pixels-v0")
             with multiprocessing.pool.ThreadPool(1) as pool:  # a thread, because the look-up may never come back
                 found = pool.apply_async(minari.list_remote_datasets, (), {"prefix": dataset_id}).get(timeout=30)
             if dataset_id not in found:
@@ -303,27 +304,27 @@ def open_dataset(dataset_id: str) -> minari.MinariDataset:
 
 
 def find_boxes(space: gym.Space, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], gym.spaces.Box]:
-    """All Boxes of a space, in the order of gymnasium's FlattenObservation, by the keys that lead to them.
-
-    Raises:
-        InputError: the space has other parts, not exactly one image, or an image that is not uint8, channels last.
-    """
+    """All Boxes of a space, in the order of gymnasium's FlattenObservation, by the keys that lead to them."""
     if isinstance(space, gym.spaces.Dict):
-        boxes = {keys: box for key in space for keys, box in find_boxes(space[key], (*path, key)).items()}
-    elif isinstance(space, gym.spaces.Box):
-        boxes = {path: space}
-    else:
-        raise InputError(f"observations with a part {space} cannot be learned from, only Boxes and Dicts of them.")
-    images = [box for box in boxes.values() if len(box.shape) == 3]
-    if not path and len(images) != 1:
-        raise InputError(f"observations hold {len(images)} images [H, W, C]; one is needed (cal_ql_continuous.py "
-                         "learns from vectors).")
-    for image in images:
-        if image.dtype != np.uint8:
-            raise InputError(f"images are {image.dtype}; collect them anew as uint8, 0 to 255.")
-        if image.shape[2] > min(image.shape[:2]):
-            raise InputError(f"images are {image.shape}, channels first; collect them anew as [H, W, C].")
-    return boxes
+        return {keys: box for key in space for keys, box in find_boxes(space[key], (*path, key)).items()}
+    if isinstance(space, gym.spaces.Box):
+        return {path: space}
+    raise InputError(f"observations with a part {space} cannot be learned from, only Boxes and Dicts of them.")
+
+
+def check_space(source: str, space: gym.Space) -> list[tuple[int, ...]]:
+    """The shapes of a space's Boxes. Raises InputError unless just one is an image, of uint8 with channels last."""
+    boxes = find_boxes(space).values()
+    images = [box for box in boxes if len(box.shape) == 3]
+    if not images:
+        raise InputError(f"{source} has no image [H, W, C] to observe; cal_ql_continuous.py learns from vectors.")
+    if len(images) > 1:
+        raise InputError(f"{source} has {len(images)} images to observe; keep one.")
+    if images[0].dtype != np.uint8:
+        raise InputError(f"{source} has images of {images[0].dtype}; collect them anew as uint8, 0 to 255.")
+    if images[0].shape[2] > min(images[0].shape[:2]):
+        raise InputError(f"{source} has images {images[0].shape}, channels first; collect them anew as [H, W, C].")
+    return [box.shape for box in boxes]
 
 
 def to_observation(observation, space: gym.Space) -> Observation:
@@ -333,7 +334,7 @@ def to_observation(observation, space: gym.Space) -> Observation:
         part = functools.reduce(lambda parts, key: parts[key], keys, observation)
         leading = np.shape(part)[: np.ndim(part) - len(box.shape)]
         if len(box.shape) == 3:
-            pixels = np.asarray(part)
+            pixels = np.array(part)  # a copy: some environments draw into one array, or return it flipped
             vectors.append(np.zeros((*leading, 0), np.float32))
         else:
             vectors.append(np.asarray(part, np.float32).reshape(*leading, -1))
@@ -341,7 +342,12 @@ def to_observation(observation, space: gym.Space) -> Observation:
 
 
 def make_env(dataset: minari.MinariDataset, episode_length: int) -> gym.Env:
-    """Recovers the environment from the dataset's own specification. Raises InputError where it cannot, or not draw."""
+    """Recovers the environment from the dataset's own specification, and tries whether it can draw.
+
+    Raises:
+        InputError: it cannot be made or cannot draw, or its observations or actions are not the dataset's.
+    """
+    shapes = [*check_space(dataset.id, dataset.observation_space), dataset.action_space.shape]
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
     kwargs = {"max_episode_steps": episode_length} if episode_length else {}
@@ -353,15 +359,14 @@ def make_env(dataset: minari.MinariDataset, episode_length: int) -> gym.Env:
     except (ModuleNotFoundError, TypeError, ValueError, gym.error.Error) as error:  # no module, wrong specification
         raise InputError(f"{dataset.id}'s environment cannot be made: {error}.") from error
     except Exception as error:  # OpenGL fails in many ways
-        raise InputError(f"{dataset.id}'s environment cannot start or draw ({error}): on Debian and Ubuntu `apt-get "
-                         "install libegl1 libegl-mesa0 libgl1-mesa-dri`, leave MUJOCO_GL unset or egl.") from error
+        raise InputError(f"{dataset.id}'s environment cannot start or draw ({error}); if OpenGL is missing: `apt-get "
+                         "install libegl1 libegl-mesa0 libgl1-mesa-dri`, and MUJOCO_GL unset or egl.") from error
     if env.spec.max_episode_steps is None:
         raise InputError(f"{dataset.id}'s environment has no time limit: set one with --episode-length.")
     space = env.observation_space
-    boxes = [(*find_boxes(source.observation_space).values(), source.action_space) for source in (dataset, env)]
-    shapes = [[box.shape for box in source] for source in boxes]
-    if shapes[0] != shapes[1]:
-        raise InputError(f"{dataset.id} has observations and actions {shapes[0]}, its environment has {shapes[1]}.")
+    others = [*check_space(f"{dataset.id}'s environment", space), env.action_space.shape]
+    if shapes != others:
+        raise InputError(f"{dataset.id} has observations and actions {shapes}, its environment has {others}.")
     return gym.wrappers.TransformObservation(env, lambda observation: to_observation(observation, space), None)
 
 
@@ -423,21 +428,25 @@ class ReplayBuffer:
     ring of `args.buffer_size`.
 
     An episode of T steps fills T + 1 slots, one after the other, so that no frame is stored twice: slot t holds row t,
-    whose s' is the next slot's observation; the last slot holds only that and is never drawn. Episodes enter whole and
-    with their returns: no row is ever sampled before its return is known. `sparse` says that the task is one of the
+    whose s' is the next slot's observation; the last slot holds only that and is never sampled. Episodes enter whole
+    and with their returns: no row is ever sampled before its return is known. `sparse` says that the task is one of the
     table, with sparse rewards, so that episodes cut off by time get a tail.
     """
 
     def __init__(self, episodes: Iterator[Episode], num_frames: int, args: Args, sparse: bool, device: torch.device):
-        """Takes the offline episodes, `num_frames` frames in all, one by one: no frame is ever in memory twice."""
+        """Takes the offline episodes, `num_frames` frames in all, one by one, so as not to hold them all twice."""
         self.args, self.sparse, self.device = args, sparse, device
-        self.ring, self.filled, self.cursor = num_frames, 0, 0  # the ring's first slot, slots filled, the next of them
+        self.ring, self.filled, self.cursor = num_frames, 0, 0  # the ring's first slot; how many are filled; the next
         first = next(episodes)
         slots, (pixels, vector) = self.ring + args.buffer_size, first.observations
         empty = functools.partial(torch.empty, device=device)
-        self.observations = Observation(
-            empty(slots, *pixels.shape[1:], dtype=torch.uint8), empty(slots, vector.shape[1]))
-        # Actions [A], reward, termination, return, and whether the slot may be drawn.
+        try:
+            frames = empty(slots, *pixels.shape[1:], dtype=torch.uint8)
+        except RuntimeError as error:
+            raise InputError(f"{slots} frames of {pixels[0].nbytes} bytes are too many for the memory: lower "
+                             "--buffer-size.") from error
+        self.observations = Observation(frames, empty(slots, vector.shape[1]))
+        # Actions [A], reward, termination, return, and whether the slot may be sampled.
         self.columns = [empty(slots, first.actions.shape[1]), *empty(4, slots)]
         end = 0
         for episode in itertools.chain([first], episodes):
@@ -445,7 +454,7 @@ class ReplayBuffer:
             self.write(episode, torch.arange(start, end, device=device))
         offline = self.columns[-1][: self.ring].nonzero().squeeze(1)
         self.num_offline = len(offline)
-        self.rows = torch.zeros(slots, dtype=torch.long, device=device)  # slots that may be drawn, offline ones first
+        self.rows = torch.zeros(slots, dtype=torch.long, device=device)  # slots that may be sampled, offline first
         self.rows[: self.num_offline] = offline
         # Device scalars: they change between episodes, while sampling keeps its shapes and needs no host.
         self.offline_share, self.online_rows = torch.zeros(2, dtype=torch.float64, device=device)
@@ -486,7 +495,7 @@ class ReplayBuffer:
         slots = self.rows[index]
         following = torch.where(slots + 1 == len(self.rows), self.ring, slots + 1)  # the ring closes
         observations, next_observations = (
-            Observation(*(column[index] for column in self.observations)) for index in (slots, following))
+            Observation(*(column[which] for column in self.observations)) for which in (slots, following))
         actions, rewards, terminations, mc_returns, _ = (column[slots] for column in self.columns)
         return Batch(observations, actions, rewards, next_observations, terminations, mc_returns)
 
@@ -718,7 +727,7 @@ def critic_losses(agent: Agent, batch: Batch, target: torch.Tensor, policy: Gaus
 
 def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: Batch, noise: Noise, cql_weight: float,
            with_actor: bool, args: Args) -> dict[str, torch.Tensor]:
-    """One update: all gradients at the old parameters, then one step of everything, then the target critics'.
+    """One update: all gradients at the old parameters, then one step of everything, then the targets'.
 
     Args:
         with_actor: whether actor and temperature step too.

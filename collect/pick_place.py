@@ -13,6 +13,7 @@ scripted data, sparse reward, contact.
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import sys
 import warnings
@@ -223,7 +224,8 @@ class Args:
     def parts(self) -> pathlib.Path:
         """The hidden folder, beside the dataset's, that keeps the demonstrations until all are there."""
         path = get_dataset_path(self.dataset_id)
-        return path.with_name(f".{path.name}-seed{self.seed}-noise{self.noise}")
+        view = "camera" if self.camera else "state"
+        return path.with_name(f".{path.name}-{view}-seed{self.seed}-noise{self.noise}")
 
 
 def demonstrate(env: gym.Env, noise: float, seed: int) -> dict[str, np.ndarray]:
@@ -282,8 +284,11 @@ def collect(args: Args) -> minari.MinariDataset:
 
 def main() -> int:
     args = tyro.cli(Args)
-    if args.episodes < 1 or args.noise < 0:
-        print("error: --episodes must be at least 1 and --noise at least 0.", file=sys.stderr)
+    if args.episodes < 1 or args.seed < 0 or not 0 <= args.noise < float("inf"):
+        print("error: --episodes must be at least 1, --seed and --noise at least 0.", file=sys.stderr)
+        return 2
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):  # the folder of that name will be replaced
+        print(f"error: --dataset-id {args.dataset_id} must be like cal-ql/pick-place/name-v0.", file=sys.stderr)
         return 2
     if args.dataset_id in minari.list_local_datasets() and not args.overwrite and not args.parts.exists():
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
@@ -292,7 +297,7 @@ def main() -> int:
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
     try:
         dataset = collect(args)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         print(f"error: {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,6 +2,9 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -417,11 +420,10 @@ def test_collector_keeps_an_existing_dataset(module, collected, monkeypatch, cap
 
 
 def can_draw() -> bool:
-    try:
-        pick_place.make_camera_env().close()
-    except Exception:  # OpenGL fails in many ways
-        return False
-    return True
+    """Whether there is OpenGL, found out without our own environment, whose mistakes are to show."""
+    code = "from mujoco.egl import GLContext; GLContext(8, 8).make_current()"
+    environment = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    return not subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
 
 
 needs_gl = pytest.mark.skipif(not can_draw(), reason="needs OpenGL: libegl1 libegl-mesa0 libgl1-mesa-dri")
@@ -541,3 +543,20 @@ def test_collecting_without_gl_names_the_packages(monkeypatch, capsys):
     assert collect(monkeypatch, pick_place, "--camera", "--dataset-id", "cal-ql/pick-place/undrawn-v0") == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: cannot draw") and "libegl1 libegl-mesa0 libgl1-mesa-dri" in errors
+
+
+@pytest.mark.parametrize("flags", [
+    "--episodes 0", "--seed -1", "--noise -1", "--noise nan", "--dataset-id cal-ql", "--dataset-id ../elsewhere-v0",
+    "--dataset-id cal-ql/pick-place/unnumbered", "--dataset-id /cal-ql/away-v0",
+])  # fmt: skip
+def test_collecting_refuses_bad_input(flags, collected, monkeypatch, capsys):
+    assert collect(monkeypatch, pick_place, *flags.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert "cal-ql/pick-place/narrow-v0" in minari.list_local_datasets()
+
+
+def test_a_stopped_collection_is_not_mixed_with_another_view():
+    parts = {pick_place.Args(dataset_id="a-v0", camera=camera, seed=seed, noise=noise).parts
+             for camera in (False, True) for seed in (1, 2) for noise in (0.3, 0.4)}
+    assert len(parts) == 8

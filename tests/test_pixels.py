@@ -109,7 +109,8 @@ def test_update_is_that_of_vectors_on_shifted_and_encoded_frames():
     with torch.no_grad():
         frames = [shift_frames(x, s) for x, s in zip((batch.observations, batch.next_observations), noise.shifts,
                                                      strict=True)]
-        agent.target_encoder.project.bias += 0.1  # else a wrong choice between the two encoders would not show
+        bias = agent.target_encoder.project.bias  # else a wrong choice between the two encoders would not show
+        bias += torch.randn_like(bias)
         features, following = (agent.encoder(x) for x in frames)
         policies = agent.actor(features), agent.actor(following)
         encoded = batch._replace(observations=features, next_observations=agent.target_encoder(frames[1]))
@@ -231,6 +232,27 @@ def test_ring_overwrites_the_oldest_frames_and_closes():
         assert buffer.num_online == len(expected)
 
 
+@pytest.mark.parametrize("sparse, tail", [(True, -5 / 0.01), (False, 0)])
+def test_columns(sparse, tail):
+    """The second episode is cut off by time; rewards are scaled and biased, returns are of those."""
+    ended, cut = make_episode(0, 3), make_episode(10, 2)
+    cut = cut._replace(rewards=np.zeros(2, np.float32), terminations=np.zeros(2, bool))
+    buffer = ReplayBuffer(iter([ended, cut]), 7, Args(reward_scale=10.0, reward_bias=-5.0), sparse, CPU)
+    rows = dict(zip((0, 1, 2, 10, 11), buffer.rows.tolist(), strict=False))
+    assert rows == {0: 0, 1: 1, 2: 2, 10: 4, 11: 5}
+    actions, rewards, terminations, returns, valid = (column[list(rows.values())] for column in buffer.columns)
+    assert actions[:, 0].tolist() == [0, -1, -2, -10, -11]
+    assert rewards.tolist() == [-5, -5, 5, -5, -5] and terminations.tolist() == [0, 0, 1, 0, 0]
+    last = -5 + 0.99 * tail
+    assert returns.tolist() == pytest.approx([-5 + 0.99 * -0.05, -0.05, 5, -5 + 0.99 * last, last])
+    assert valid.all() and not buffer.columns[-1][[3, 6]].any()
+
+
+def test_a_ring_too_large_for_the_memory_is_refused():
+    with pytest.raises(cal_ql_pixels.InputError, match="lower --buffer-size"):
+        make_buffer([make_episode(0, 3)], buffer_size=2**50)
+
+
 def test_mixing_counts_rows_not_frames():
     buffer = make_buffer([make_episode(0, 3)], mixing_ratio=-1.0)
     assert buffer.offline_share == 1
@@ -263,7 +285,7 @@ def test_50_000_steps_of_64_by_64_fit_into_a_gigabyte():
     slots = 50_000 + 50_000 // 20  # in episodes of 20 steps; the memory is not touched here
     buffer = ReplayBuffer(iter([episode]), 2, Args(buffer_size=slots), True, CPU)
     tensors = [*buffer.observations, *buffer.columns, buffer.rows]
-    assert sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values()) < 0.7e9
+    assert sum(tensor.nbytes for tensor in tensors) < 0.7e9
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
@@ -347,6 +369,107 @@ def test_resumed_run_equals_uninterrupted(dataset_id, call, runs, monkeypatch):
     assert len(checkpoint(only(runs))["buffer"]["online"][0]) == 25  # the ring was full
 
 
+def test_stopped_evaluation_and_episode_are_repeated(runs, monkeypatch):
+    flags, act = ["--env-id", "test/dot-v0", *TINY], Agent.act
+    assert main([*flags, "--runs-dir", "whole"]) == 0
+    for call, phase in ((5, "offline"), (70, "online")):
+        calls = []
+
+        def stopping_act(self, observation, generator, calls=calls, call=call):
+            calls.append(1)
+            if len(calls) == call:
+                terminate()
+            return act(self, observation, generator)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Agent, "act", stopping_act)
+            assert main([*flags, "--runs-dir", phase]) == 143
+        run = only(Path(phase))
+        assert checkpoint(run)["progress"]["phase"] == phase
+        assert main(["--resume", str(run)]) == 0
+        check_equal(run, only(Path("whole")))
+
+
+def test_resume_refuses_other_data(runs, capsys):
+    write_dots("test/changing-v0")
+    flags = ["--env-id", "test/changing-v0", *TINY, "--online-steps", "0"]
+    assert main(flags) == 0
+    minari.delete_dataset("test/changing-v0")
+    write_dots("test/changing-v0", count=11)
+    assert main(["--resume", str(only(runs))]) == 2
+    assert "data has changed" in capsys.readouterr().err
+
+
+def test_episodes_are_the_data_rescaled_and_clipped(capsys):
+    dataset, task = minari.load_dataset("test/dot-vector-v0"), cal_ql_pixels.Task("any other", ("test/dot-vector-v0",))
+    for ours, data in zip(cal_ql_pixels.load_episodes([dataset], task), dataset, strict=True):
+        assert np.array_equal(ours.observations.pixels, data.observations["image"])
+        assert np.allclose(ours.observations.vector, data.observations["place"])
+        assert np.allclose(ours.actions, np.clip(data.actions / 2, -0.99999, 0.99999))
+        assert ours.actions.dtype == np.float32 and np.array_equal(ours.rewards, data.rewards)
+        assert np.array_equal(ours.terminations, data.terminations)
+    successes = sum(bool(episode.rewards.any()) for episode in dataset)
+    assert f"data: 12 episodes, {dataset.total_steps} steps, {successes} episodes with" in capsys.readouterr().out
+
+
+def test_time_limit_is_no_termination():
+    env = cal_ql_pixels.make_env(minari.load_dataset("test/dot-v0"), 3)
+    agent = Agent((12, 12, 3), 0, 2, make_args())
+    agent.act = lambda observation, generator: np.array([0.0, -1.0])
+    episode, score = cal_ql_pixels.roll_out(env, agent, 0, False, lambda: None)
+    assert len(episode.rewards) == 3 and not episode.terminations.any() and score == 0
+    agent.act = lambda observation, generator: np.array([0.0, 1.0])
+    episode, score = cal_ql_pixels.roll_out(gym.wrappers.TimeLimit(env, 9), agent, 0, False, lambda: None)
+    assert score == 0  # three steps of 0.4 from -0.5 do not reach 1
+    env = cal_ql_pixels.make_env(minari.load_dataset("test/dot-v0"), 4)
+    episode, score = cal_ql_pixels.roll_out(env, agent, 0, False, lambda: None)
+    assert len(episode.rewards) == 4 and episode.terminations.tolist() == [False] * 3 + [True] and score == 1
+
+
+def test_learning_rates_and_initialisation():
+    args = make_args(actor_lr=1e-2, critic_lr=1e-3)
+    agent = Agent((20, 16, 3), 2, 2, args)
+    rates = {id(p): group["lr"] for group in agent.make_optimizer(args).param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in [*agent.encoder.parameters(), *agent.critic.parameters()]} == {1e-3}
+    assert {rates[id(p)] for p in agent.actor.parameters()} == {1e-2}
+    for ours, target in zip(agent.encoder.parameters(), agent.target_encoder.parameters(), strict=True):
+        assert torch.equal(ours, target) and not target.requires_grad
+    for layer in (*agent.encoder.convolve[::2], agent.encoder.project):
+        weight = layer.weight.detach().flatten(1)
+        product = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+        assert torch.allclose(product, 2 * torch.eye(len(product)), atol=1e-5) and not layer.bias.any()
+
+
+def test_settings_of_the_visual_task_are_the_specification_s():
+    args = cal_ql_pixels.parse_args([])
+    assert args.env_id == "pick-place-pixels" and (args.actor_layers, args.critic_layers) == ((256, 256), (256, 256))
+    expected = dict(cql_weight=5.0, online_cql_weight=0.5, num_actions=4, reward_scale=11.0, reward_bias=-1.0,
+                    gamma=0.96, offline_steps=50_000, online_steps=100_000, utd_ratio=5, actor_interval=1,
+                    mixing_ratio=0.5, batch_size=256, tau=0.005, actor_lr=1e-4, critic_lr=3e-4,
+                    offline_eval_interval=5_000, online_eval_interval=2_000, eval_episodes=20, num_critics=2,
+                    importance_sampling=True)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_probe_sees_the_frames_as_they_are(monkeypatch):
+    seen, critic_losses = [], cal_ql_pixels.critic_losses
+    args = make_args(buffer_size=20)
+    buffer = make_buffer([make_episode(0, 3)])
+    agent = Agent((4, 4, 3), 1, 1, args)
+    with torch.no_grad():
+        agent.target_encoder.project.bias.normal_()
+    monkeypatch.setattr(cal_ql_pixels, "critic_losses", lambda *a: (seen.append(a), critic_losses(*a))[1])
+    values = cal_ql_pixels.probe(agent, buffer, 3, args)
+    torch.manual_seed(3)
+    batch = buffer.sample(4 * args.batch_size)
+    with torch.no_grad():
+        features, following = agent.encoder(batch.observations), agent.encoder(batch.next_observations)
+        assert torch.equal(seen[0][1].observations, features)
+        for ours, expected in zip(seen[0][3:5], (features, following), strict=True):
+            assert torch.equal(ours[0], agent.actor(expected)[0])
+    assert values.keys() == {"mean_q", "mean_mc_return", "bound_rate"}
+
+
 def test_vector_is_part_of_the_features(runs):
     assert main(["--env-id", "test/dot-vector-v0", *TINY, "--online-steps", "0", "--offline-steps", "1"]) == 0
     agent = checkpoint(only(runs))["agent"]
@@ -370,15 +493,19 @@ def check_refused(flags: list[str], capsys, *words: str) -> None:
     ("first", dict(change=lambda x: np.moveaxis(x, 2, 0),
                    space=gym.spaces.Box(0, 255, (3, 12, 12), np.uint8)), ["(3, 12, 12), channels first", "[H, W, C]"]),
     ("flat", dict(change=lambda x: x.mean((1, 2)).astype(np.float32),
-                  space=gym.spaces.Box(0, 255, (12,), np.float32)), ["0 images", "cal_ql_continuous.py"]),
+                  space=gym.spaces.Box(0, 255, (12,), np.float32)), ["no image", "cal_ql_continuous.py"]),
+    ("two", dict(vector=True, change=lambda x: {"image": x["image"], "place": x["image"]},
+                 space=gym.spaces.Dict({k: gym.spaces.Box(0, 255, (12, 12, 3), np.uint8) for k in ("image", "place")})),
+     ["2 images"]),
     ("larger", dict(spec_size=14), ["(12, 12, 3)", "(14, 14, 3)"]),
+    ("infinite", dict(vector=True, change=lambda x: x | {"place": x["place"] * np.nan}), ["NaN", "1 episodes"]),
 ])  # fmt: skip
 def test_frames_that_cannot_be_used(name, kwargs, words, runs, capsys):
     write_dots(f"test/{name}-v0", count=1, **kwargs)
     check_refused(["--env-id", f"test/{name}-v0"], capsys, *words)
 
 
-@pytest.mark.parametrize("flags", ["--latent-dim 0", "--random-shift -1", "--buffer-size 1"])
+@pytest.mark.parametrize("flags", ["--latent-dim 1", "--random-shift -1", "--buffer-size 1"])
 def test_settings_out_of_range(flags, runs, capsys):
     check_refused(flags.split(), capsys, flags.split()[0], "it must be")
 
@@ -387,16 +514,28 @@ def test_absent_dataset_names_its_collector(runs, capsys):
     check_refused([], capsys, "pick-place/pixels-v0", "python -m collect.pick_place --camera")
 
 
-@pytest.mark.parametrize("display, expected", [(None, "egl"), (":0", None)])
-def test_rendering_needs_no_screen(display, expected, monkeypatch):
+@pytest.mark.parametrize("setting, expected", [
+    ({}, "egl"), ({"DISPLAY": ":0"}, None), ({"WAYLAND_DISPLAY": "wayland-0"}, None),
+    ({"MUJOCO_GL": "osmesa"}, "osmesa"),
+])  # fmt: skip
+def test_rendering_needs_no_screen(setting, expected, monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setenv("MUJOCO_GL", "")  # so that it is put back after the test
     for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    if display:
-        monkeypatch.setenv("DISPLAY", display)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
     cal_ql_pixels.make_env(minari.load_dataset("test/dot-v0"), 0).close()
     assert os.environ.get("MUJOCO_GL") == expected
+
+
+def test_script_alone_misses_the_module_of_the_environment(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    command = [sys.executable, tmp_path / SCRIPT.name, "--env-id", "test/dot-v0", *TINY]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert process.returncode == 2 and "No module named 'dot_env'" in process.stderr
+    assert "Traceback" not in process.stderr and "apt-get" not in process.stderr
 
 
 def test_missing_gl_names_the_packages(runs, capsys, monkeypatch):

@@ -31,7 +31,7 @@ LEFT_OUT = {"cal_ql_pixels.py": {"antmaze", "to_state"}}
 ADDED = {
     "cal_ql_pixels.py": {
         "import functools", "import itertools", "from collections.abc import Iterator",
-        "Observation", "find_boxes", "to_observation", "Encoder", "shift_frames",
+        "Observation", "find_boxes", "check_space", "to_observation", "Encoder", "shift_frames",
     },
 }
 

@@ -33,15 +33,19 @@ statement below; everything else is CQL. Read on from `Args`, or run:
 """
 
 import argparse
+import concurrent.futures
 import copy
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import math
 import multiprocessing.pool
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import namedtuple
@@ -72,6 +76,8 @@ class Args:
     """seed of networks, batches and episodes"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto takes CUDA where there is one"""
+    tf32: bool = True
+    """on CUDA, round the factors of matrix products to TF32 (10 bits of mantissa), which is much faster"""
     runs_dir: str = "runs"
     """folder for the run's own folder"""
     resume: str = ""
@@ -90,6 +96,11 @@ class Args:
     """environment steps between two evaluations online"""
     eval_episodes: int = 20
     """episodes of an evaluation, with the deterministic policy"""
+    eval_workers: int = 0
+    """processes that play the evaluations while training goes on; with 0 training waits for them"""
+    overlap: bool = False
+    """play each online episode in a process of its own, during the updates owed for the one before it; other than in
+    the paper, its policy has not learned from that one yet"""
     episode_length: int = 0
     """time limit of an episode in steps; 0 keeps the environment's own"""
     checkpoint_interval: int = 25_000
@@ -155,16 +166,17 @@ class Args:
 
 
 # The settings of each domain; what is not named has its default above. From the paper's appendices G and H, and from
-# the authors' code where the paper is silent (layers, rewards, evaluation intervals). Ours: kitchen's 280 steps (the
-# paper's: 1,000), pick-place, pointmaze.
+# the authors' code where the paper is silent (layers, rewards, intervals offline). Ours: kitchen's 280 steps (the
+# paper's: 1,000), pick-place, pointmaze, and the intervals online, at which evaluations play no more steps than
+# training does; at the authors' (2,000, kitchen 5,000) they would play up to ten times as many.
 DOMAINS: dict[str, dict] = {
     "antmaze": dict(critic_layers=(256, 256, 256, 256), cql_lagrange=True, reward_scale=10.0, reward_bias=-5.0,
-                    offline_steps=1_000_000, online_steps=1_000_000, online_eval_interval=2_000, episode_length=1000),
+                    offline_steps=1_000_000, online_steps=1_000_000, online_eval_interval=20_000, episode_length=1000),
     "adroit": dict(actor_layers=(512, 512), critic_layers=(512, 512, 512), cql_weight=1.0, reward_scale=10.0,
                    reward_bias=-5.0, offline_steps=20_000, online_steps=1_000_000, offline_eval_interval=2_000,
-                   online_eval_interval=2_000, episode_length=200),
+                   online_eval_interval=5_000, episode_length=200),
     "kitchen": dict(actor_layers=(512, 512, 512), critic_layers=(512, 512, 512), importance_sampling=False,
-                    mixing_ratio=0.25, online_steps=1_250_000, episode_length=280),
+                    mixing_ratio=0.25, online_steps=1_250_000, online_eval_interval=10_000, episode_length=280),
     "pick-place": dict(gamma=0.96, batch_size=128, critic_layer_norm=True, num_actions=4, reward_scale=11.0,
                        reward_bias=-1.0, offline_steps=2_400, online_steps=7_000, offline_eval_interval=600,
                        online_eval_interval=500, eval_episodes=40),
@@ -212,8 +224,8 @@ TASKS: dict[str, Task] = {
 }
 
 # What a resumed run may be told anew; every other setting has to be the checkpoint's.
-CHANGEABLE = ["resume", "runs_dir", "device", "track", "offline_steps", "online_steps", "offline_eval_interval",
-              "online_eval_interval", "checkpoint_interval", "log_interval"]
+CHANGEABLE = ["resume", "runs_dir", "device", "tf32", "track", "offline_steps", "online_steps", "eval_workers",
+              "offline_eval_interval", "online_eval_interval", "checkpoint_interval", "log_interval"]
 
 
 class InputError(Exception):
@@ -267,6 +279,7 @@ def check_args(args: Args) -> None:
         ("eval_episodes offline_eval_interval online_eval_interval checkpoint_interval log_interval buffer_size "
          "batch_size num_actions num_critics utd_ratio actor_interval", lambda value: value >= 1, "at least 1"),
         ("seed offline_steps online_steps episode_length", lambda value: 0 <= value < 2**63, "at least 0, below 2**63"),
+        ("eval_workers", lambda value: 0 <= value <= 60, "in [0, 60]"),  # Windows has no room for more
         ("cql_weight online_cql_weight", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
         ("actor_layers critic_layers", lambda value: min(value, default=0) >= 1, "one or more sizes of at least 1"),
         ("actor_lr critic_lr reward_scale", lambda value: 0 < value < math.inf, "a finite number greater than 0"),
@@ -580,7 +593,7 @@ class Agent(nn.Module):
         """One Adam, in which the actor's side and the critics' side have learning rates of their own."""
         actor_side, critic_side = [*self.actor.parameters(), self.log_alpha], [*self.critic.parameters()]
         groups = [dict(params=actor_side, lr=args.actor_lr), dict(params=[*critic_side, self.log_cql_alpha])]
-        return torch.optim.Adam(groups, lr=args.critic_lr, fused=True)
+        return torch.optim.Adam(groups, lr=args.critic_lr, fused=True, capturable=self.log_alpha.is_cuda)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -744,6 +757,27 @@ def roll_out(env: gym.Env, task: Task, actor: Actor, seed: int, stochastic: bool
     return Episode(*map(np.array, (states, actions, rewards, terminations[1:]))), score
 
 
+def start_worker(args: Args) -> None:
+    """Readies a process for `play`. Signals are the main process's to answer; when that ends, so does the worker."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(0)), daemon=True).start()
+    torch.set_num_threads(1)
+    task = find_task(args.env_id)
+    play.place = make_env(open_dataset(task.datasets[-1]), task, args.episode_length), task
+
+
+def play(actor: Actor, seed: int, stochastic: bool):
+    """`roll_out` in a worker."""
+    return roll_out(*play.place, actor, seed, stochastic, lambda: None)
+
+
+def make_workers(count: int, args: Args) -> concurrent.futures.Executor:
+    """Processes with an environment each, which start with their first episodes."""
+    context = multiprocessing.get_context("spawn")  # forked ones would share locks and graphics with this process
+    return concurrent.futures.ProcessPoolExecutor(count, context, start_worker, (args,))
+
+
 @torch.no_grad()
 def probe(agent: Agent, buffer: ReplayBuffer, seed: int, args: Args) -> dict[str, float]:
     """Mean Q, mean Monte-Carlo return and bound rate over four batches' rows, with random numbers of its own."""
@@ -782,12 +816,39 @@ class Stopped(Exception):
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
+
+def capture(function):
+    """Makes of a function that leaves all work to the GPU one CUDA graph: one launch a call, nothing from the host.
+
+    The first three calls run as they are, for CUDA sets itself up in them, and the fourth is captured. From then on
+    every call repeats it: tensors that it reads may have changed in place, numbers are those of the capture.
+    """
+    graph, stream, results, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, itertools.count(1)
+
+    def call() -> dict[str, torch.Tensor]:
+        number = next(calls)
+        if number <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.update(function())
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        if number == 4:
+            with torch.cuda.graph(graph):
+                results.update(function())
+        graph.replay()
+        return results
+
+    return call
+
+
 EVAL_COLUMNS = "phase,updates,env_steps,score,return,regret,mean_q,mean_mc_return,bound_rate,wall_time"
 
 
 def train(args: Args) -> None:
     """Runs or resumes both phases. Raises InputError, before anything is written, or Stopped."""
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     task, started = find_task(args.env_id), time.time()
     datasets = [open_dataset(dataset_id) for dataset_id in task.datasets]
     env = make_env(datasets[-1], task, args.episode_length)
@@ -796,10 +857,13 @@ def train(args: Args) -> None:
     agent = Agent(buffer.columns.observations.shape[1], buffer.columns.actions.shape[1], args).to(device)
     optimizer = agent.make_optimizer(args)
     # Where the run stands: with networks, online rows and random state all that resuming needs. `owed` are the updates
-    # still to be made for the last episode, `rows` the lines of eval.csv, `scores` one an evaluation, `offline_evals`
-    # the number of them up to the switch; `evaluated_at` is the last evaluation's step(); `wall_time` is in seconds.
-    progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, rows=[],
-                               scores=[], offline_evals=0, evaluated_at=-1, regret=math.nan, wall_time=0.0)
+    # still to be made for the last episode, `evals` the evaluations begun, `offline_evals` those up to the switch,
+    # `evaluated_at` the last one's step(); `rows` are the lines of eval.csv, `scores` one of each; `wall_time` is in
+    # seconds.
+    progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, evals=0,
+                               offline_evals=0, evaluated_at=-1, rows=[], scores=[], regret=math.nan, wall_time=0.0)
+    acting, begun = copy.deepcopy(agent.actor).cpu(), []  # plays online episodes; the evaluation that has no row yet
+    evaluators, player = (make_workers(count, args) if count else None for count in (args.eval_workers, args.overlap))
 
     if args.resume:
         run, checkpoint = Path(args.resume), read_checkpoint(args.resume)
@@ -809,6 +873,7 @@ def train(args: Args) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         buffer.load_state_dict(checkpoint["buffer"])
         progress = SimpleNamespace(**checkpoint["progress"])
+        acting.load_state_dict(checkpoint["acting"])
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
         started -= progress.wall_time
@@ -835,9 +900,9 @@ def train(args: Args) -> None:
     print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     latest, signals = {}, []  # the last update's losses, on the device; signals that arrived
 
-    def log(scalars: dict[str, float]) -> None:
+    def log(scalars: dict[str, float], at: int | None = None) -> None:
         for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step())
+            writer.add_scalar(tag, value, step() if at is None else at)
 
     def read_losses() -> dict[str, float]:
         losses = {name: latest.pop(name).item() for name in list(latest)}  # emptied, so that nothing is logged twice
@@ -848,10 +913,11 @@ def train(args: Args) -> None:
 
     def save() -> None:
         read_losses()
+        write_evaluation()
         progress.wall_time = time.time() - started
         torch.save({
             "script": Path(__file__).stem, "args": vars(args), "progress": vars(progress), "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(), "buffer": buffer.state_dict(),
+            "optimizer": optimizer.state_dict(), "buffer": buffer.state_dict(), "acting": acting.state_dict(),
             "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }, run / "checkpoint.partial")
         os.replace(run / "checkpoint.partial", run / "checkpoint.pt")  # in one step: one of the two is always whole
@@ -861,10 +927,17 @@ def train(args: Args) -> None:
             save()
             raise Stopped(128 + signals[0], f"stopped by {signal.Signals(signals[0]).name}; --resume {run} continues")
 
+    @functools.cache  # on CUDA a graph for each phase's weight, with the actor's part and without
+    def prepare_update(cql_weight: float, with_actor: bool):
+        def sample_and_update() -> dict[str, torch.Tensor]:
+            batch = buffer.sample(args.batch_size)
+            return update(agent, optimizer, batch, draw_noise(batch.actions, args), cql_weight, with_actor, args)
+
+        return capture(sample_and_update) if device.type == "cuda" else sample_and_update
+
     def make_update(cql_weight: float, bar: tqdm) -> None:
         check()
-        batch, with_actor = buffer.sample(args.batch_size), (progress.updates + 1) % args.actor_interval == 0
-        latest.update(update(agent, optimizer, batch, draw_noise(batch.actions, args), cql_weight, with_actor, args))
+        latest.update(prepare_update(cql_weight, (progress.updates + 1) % args.actor_interval == 0)())
         progress.updates, progress.owed = progress.updates + 1, max(progress.owed - 1, 0)
         progress.offline_updates += progress.phase == "offline"
         bar.update(step() - bar.n)
@@ -875,22 +948,38 @@ def train(args: Args) -> None:
             save()
 
     def evaluate() -> None:
-        actor, count = copy.deepcopy(agent.actor).cpu(), len(progress.scores)
+        """Evaluates the policy as it is now. With workers its row is written by the next evaluation or checkpoint."""
+        write_evaluation()
+        actor, count = copy.deepcopy(agent.actor).cpu(), progress.evals
         seeds = [derive_seed(args.seed, EVALUATION, count * args.eval_episodes + k) for k in range(args.eval_episodes)]
-        episodes, scores = zip(*[roll_out(env, task, actor, seed, False, check) for seed in seeds], strict=True)
-        values = probe(agent, buffer, derive_seed(args.seed, PROBE, count), args)
-        values["return"] = sum(float(episode.rewards.sum()) for episode in episodes) / len(episodes)
-        scored, progress.evaluated_at = None not in scores, step()
-        progress.scores.append(sum(scores) / len(scores) if scored else values["return"])
-        if progress.phase == "online" and scored:  # regret: mean of 1 - score over the online evaluations (section 6)
+        if args.eval_workers:
+            played = evaluators.map(play, itertools.repeat(actor), seeds, itertools.repeat(False))
+        else:
+            played = [roll_out(env, task, actor, seed, False, check) for seed in seeds]
+        progress.evals, progress.evaluated_at = count + 1, step()
+        begun.append((vars(progress) | probe(agent, buffer, derive_seed(args.seed, PROBE, count), args), played))
+        if not args.eval_workers:
+            write_evaluation()
+
+    def write_evaluation() -> None:
+        """Writes the row of the evaluation begun last, if it has none yet, once all its episodes have been played."""
+        if not begun:
+            return
+        row, played = begun.pop()
+        episodes, scores = zip(*played, strict=True)
+        row["return"] = sum(float(episode.rewards.sum()) for episode in episodes) / len(episodes)
+        scored = None not in scores
+        progress.scores.append(sum(scores) / len(scores) if scored else row["return"])
+        if row["phase"] == "online" and scored:  # regret: mean of 1 - score over the online evaluations (section 6)
             progress.regret = 1 - float(np.mean(progress.scores[progress.offline_evals :]))
-        values |= {"score": progress.scores[-1], "regret": progress.regret}
-        row = vars(progress) | values | {"wall_time": time.time() - started}
+        row |= {"score": progress.scores[-1], "regret": progress.regret, "wall_time": time.time() - started}
         progress.rows.append(",".join(str(row[column]) for column in EVAL_COLUMNS.split(",")))
         (run / "eval.csv").write_text("\n".join([EVAL_COLUMNS, *progress.rows, ""]))
-        success = {"success_rate": values["score"], "normalized_score": 100 * values["score"]} if scored else {}
-        log({"charts/cumulative_regret": progress.regret} | {f"eval/{k}": v for k, v in (values | success).items()})
-        tqdm.write(f"{progress.phase:7}  updates {progress.updates}  env_steps {progress.env_steps}  "
+        values = {column: row[column] for column in EVAL_COLUMNS.split(",")[3:-1]}
+        success = {"success_rate": row["score"], "normalized_score": 100 * row["score"]} if scored else {}
+        log({"charts/cumulative_regret": progress.regret} | {f"eval/{k}": v for k, v in (values | success).items()},
+            row["evaluated_at"])
+        tqdm.write(f"{row['phase']:7}  updates {row['updates']}  env_steps {row['env_steps']}  "
                    + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
     handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -903,13 +992,17 @@ def train(args: Args) -> None:
                         evaluate()
                     make_update(args.cql_weight, bar)
             evaluate()
-            progress.phase, progress.offline_evals = "online", len(progress.scores)  # and nothing is reinitialised
+            progress.phase, progress.offline_evals = "online", progress.evals  # and nothing is reinitialised
+            acting.load_state_dict(agent.actor.state_dict())
             save()
 
         # Phase 2: online fine-tuning, one whole episode and then the updates owed for it.
         last = progress.offline_updates + args.online_steps
         with tqdm(total=last, initial=step(), desc="online", mininterval=1) as bar:
             while True:
+                seed = derive_seed(args.seed, TRAINING, progress.episodes)
+                if args.overlap and progress.env_steps < args.online_steps:
+                    ahead = player.submit(play, acting, seed, True)  # plays during the updates
                 while progress.owed:
                     make_update(args.online_cql_weight, bar)
                 evaluated, interval = progress.evaluated_at - progress.offline_updates, args.online_eval_interval
@@ -918,8 +1011,11 @@ def train(args: Args) -> None:
                     evaluate()
                 if progress.env_steps >= args.online_steps:
                     break
-                seed = derive_seed(args.seed, TRAINING, progress.episodes)
-                episode, _ = roll_out(env, task, copy.deepcopy(agent.actor).cpu(), seed, True, check)
+                if args.overlap:
+                    episode, _ = ahead.result()
+                acting.load_state_dict(agent.actor.state_dict())
+                if not args.overlap:
+                    episode, _ = roll_out(env, task, acting, seed, True, check)
                 buffer.add(episode)
                 length, progress.episodes = len(episode.rewards), progress.episodes + 1
                 progress.env_steps, progress.owed = progress.env_steps + length, length * args.utd_ratio
@@ -930,6 +1026,8 @@ def train(args: Args) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for workers in filter(None, (evaluators, player)):
+            workers.shutdown(wait=False, cancel_futures=True)
         writer.close()
         env.close()
 

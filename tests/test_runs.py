@@ -354,6 +354,94 @@ def test_variants_run(flags, weights, actor_updates, runs, monkeypatch):
     assert (agent["log_cql_alpha"] != 1) == ("--cql-lagrange" in flags)
 
 
+# ---- Workers ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_in_workers_are_those_of_the_run_itself(uninterrupted, runs):
+    assert main([*TINY, "--eval-workers", "2"]) == 0
+    check_equal(only(runs), uninterrupted)
+    steps = [[(event.step, event.value) for event in read_events(run).Scalars("eval/score")]
+             for run in (only(runs), uninterrupted)]
+    assert steps[0] == steps[1] and len(steps[0]) == 7  # each at the step of its snapshot
+
+
+def read_events(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run)).Reload()
+
+
+@pytest.fixture(scope="module")
+def overlapped(tmp_path_factory):
+    """A run with --overlap, and the actor as it was at the switch and whenever an episode had been added."""
+    folder, actors = tmp_path_factory.mktemp("overlapped"), []
+    with pytest.MonkeyPatch.context() as patch:
+        load, save = Actor.load_state_dict, cal_ql_continuous.ReplayBuffer.add
+        seen = []
+
+        def load_state_dict(self, state, **kwargs):  # only `acting` is loaded
+            seen.append({name: value.clone() for name, value in state.items()})
+            return load(self, state, **kwargs)
+
+        def add(self, episode):
+            actors.append((seen[-1], episode))
+            save(self, episode)
+
+        patch.setattr(Actor, "load_state_dict", load_state_dict)
+        patch.setattr(cal_ql_continuous.ReplayBuffer, "add", add)
+        assert main([*TINY, "--overlap", "--runs-dir", str(folder)]) == 0
+    return only(folder), seen, actors
+
+
+def test_overlapped_episode_is_played_by_the_policy_before_the_updates_for_the_last(overlapped, uninterrupted):
+    run, states, added = overlapped
+    args = cal_ql_continuous.Args(**checkpoint(run)["args"])
+    task = cal_ql_continuous.find_task(args.env_id)
+    env = cal_ql_continuous.make_env(cal_ql_continuous.open_dataset(task.datasets[0]), task, args.episode_length)
+    # Loaded at the switch, and after every episode's arrival as the actor was then: after the updates for the last one.
+    assert len(states) == 1 + len(added) == 4
+    assert same(states[0], states[1])  # no update between the switch and the first episode's arrival
+    assert not same(states[1], states[2]) and not same(states[2], states[3])
+    for k, (_, episode) in enumerate(added):
+        actor = Actor(4, 2, args)
+        actor.load_state_dict(states[k])
+        seed = cal_ql_continuous.derive_seed(args.seed, cal_ql_continuous.TRAINING, k)
+        expected, _ = cal_ql_continuous.roll_out(env, task, actor, seed, True, lambda: None)
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(episode, expected, strict=True))
+    # The paper's protocol differs from the second episode on.
+    ours, theirs = (checkpoint(path)["buffer"]["online"][1] for path in (run, uninterrupted))
+    assert torch.equal(ours[:10], theirs[:10]) and not torch.equal(ours[10:20], theirs[10:20])
+
+
+@pytest.mark.parametrize("call", [7, 13, 40])  # offline, right after the first episode, amid the third one's flight
+def test_overlapped_run_resumes(call, overlapped, runs, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cal_ql_continuous, "update", at_call(call, cal_ql_continuous.update, terminate))
+        assert main([*TINY, "--overlap", "--eval-workers", "1"]) == 143
+    torch.manual_seed(99)
+    assert main(["--resume", str(only(runs)), "--eval-workers", "0"]) == 0
+    check_equal(only(runs), overlapped[0])
+
+
+def test_worker_ends_with_its_parent(runs):
+    flags = [*TINY, "--overlap", "--eval-workers", "1", "--online-steps", "100000"]
+    process = spawn(SCRIPT, *flags, cwd=runs.parent)
+    deadline = time.monotonic() + 60
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs /proc")
+    while "online" not in "".join(path.read_text() for path in runs.glob("*/eval.csv")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    workers = children.read_text().split()
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    while any(Path(f"/proc/{pid}/stat").exists() and "Z" != Path(f"/proc/{pid}/stat").read_text().split()[2]
+              for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda(runs, monkeypatch):
@@ -384,7 +472,8 @@ def check_refused(flags: list[str], capsys, *words: str) -> None:
     "--batch-size 0", "--eval-episodes 0", "--num-actions 0", "--utd-ratio 0", "--actor-interval 0", "--buffer-size 0",
     "--offline-steps -1", "--seed -1", "--actor-layers 8 0", "--critic-lr 0", "--actor-lr inf", "--reward-bias nan",
     "--cql-weight -1", "--online-cql-weight -1", "--num-target-critics 3", "--num-target-critics 0",
-    "--offline-eval-interval 0", "--checkpoint-interval 0", "--log-interval 0", "--episode-length -1",
+    "--eval-workers -1", "--offline-eval-interval 0", "--checkpoint-interval 0", "--log-interval 0",
+    "--episode-length -1",
 ])  # fmt: skip
 def test_settings_out_of_range(flags, runs, capsys):
     check_refused(flags.split(), capsys, *flags.split()[:1], "it must be")

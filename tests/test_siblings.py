@@ -18,19 +18,20 @@ CHAIN = ["sac_offline_data.py", "cql_continuous.py", "cal_ql_continuous.py", "ca
 MAY_DIFFER = {
     ("sac_offline_data.py", "cql_continuous.py"): {
         "Args", "DOMAINS", "CHANGEABLE", "parse_args", "check_args", "Agent", "Noise", "draw_noise", "bellman_target",
-        "critic_losses", "update", "roll_out", "probe", "train",
+        "critic_losses", "update", "roll_out", "play", "probe", "train",
     },
     ("cql_continuous.py", "cal_ql_continuous.py"): {"critic_losses"},
     ("cal_ql_continuous.py", "cal_ql_pixels.py"): {
         "Args", "DOMAINS", "Task", "TASKS", "check_args", "Episode", "open_dataset", "make_env", "load_episodes",
-        "Batch", "ReplayBuffer", "Actor", "Agent", "Noise", "draw_noise", "update", "roll_out", "probe", "train",
+        "Batch", "ReplayBuffer", "Actor", "Agent", "Noise", "draw_noise", "update", "roll_out", "start_worker", "play",
+        "probe", "train",
     },
 }
 # What the next script leaves out of the one before, and what it adds.
 LEFT_OUT = {"cal_ql_pixels.py": {"antmaze", "to_state"}}
 ADDED = {
     "cal_ql_pixels.py": {
-        "import functools", "import itertools", "from collections.abc import Iterator",
+        "from collections.abc import Iterator",
         "Observation", "find_boxes", "check_space", "to_observation", "Encoder", "shift_frames",
     },
 }

@@ -10,6 +10,7 @@
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -62,26 +63,30 @@ def count_work(args, obs_dim: int, action_dim: int) -> tuple[float, float]:
     return flop, 4 * (hidden + 8 * parameters)
 
 
-def measure_roofline(args, flop: float, moved: float, device: torch.device, wait) -> dict[str, float]:
-    """Seconds that an update would take at the device's measured rates of matrix products and of copies."""
-    width, rows = max(args.critic_layers), args.batch_size * (1 + 3 * args.num_actions)
-    a = torch.randn(args.num_critics, rows, width, device=device)
-    b, out, copy = torch.randn(args.num_critics, width, width, device=device), torch.empty_like(a), torch.empty_like(a)
+class Roofline:
+    """Seconds that an update would take at the device's rates of matrix products and copies, as measured beside it."""
 
-    def rate(amount: float, function) -> float:
-        seconds = []
-        for _ in range(20):
-            wait()
-            started = time.perf_counter()
-            function()
-            wait()
-            seconds.append(time.perf_counter() - started)
-        return amount / np.median(seconds)
+    def __init__(self, args, obs_dim: int, action_dim: int, device: torch.device, seconds_of):
+        self.flop, self.bytes = count_work(args, obs_dim, action_dim)
+        width, rows = max(args.critic_layers), args.batch_size * (1 + 3 * args.num_actions)
+        self.a = torch.randn(args.num_critics, rows, width, device=device)
+        self.b, self.out = torch.randn(args.num_critics, width, width, device=device), torch.empty_like(self.a)
+        self.source = torch.zeros(2**26, device=device)  # 256 MB: more than any cache
+        self.target, self.seconds_of, self.samples = torch.zeros_like(self.source), seconds_of, []
 
-    product = rate(2 * a.numel() * width, lambda: torch.bmm(a, b, out=out))
-    bandwidth = rate(2 * a.nbytes, lambda: copy.copy_(a))
-    return {"flop": flop, "bytes": moved, "flop_per_second": product, "bytes_per_second": bandwidth,
-            "roofline_seconds": max(flop / product, moved / bandwidth)}
+    def measure(self) -> float:
+        """Measures both rates once; returns the seconds."""
+        seconds = self.seconds_of(lambda: torch.bmm(self.a, self.b, out=self.out))
+        product = 2 * self.a.numel() * self.b.shape[2] / seconds
+        bandwidth = 2 * self.source.nbytes / self.seconds_of(lambda: self.target.copy_(self.source))
+        seconds = max(self.flop / product, self.bytes / bandwidth)
+        self.samples.append((product, bandwidth, seconds))
+        return seconds
+
+    def describe(self) -> dict[str, float]:
+        product, bandwidth, seconds = np.median(self.samples, axis=0)
+        return {"flop": self.flop, "bytes": self.bytes, "flop_per_second": product, "bytes_per_second": bandwidth,
+                "roofline_seconds": seconds}
 
 
 def bench_update(options: argparse.Namespace) -> dict:
@@ -115,26 +120,28 @@ def bench_update(options: argparse.Namespace) -> dict:
         if options.device == "cuda":
             torch.cuda.synchronize()
 
-    for _ in range(5):
-        one_update()
-    rooflines, seconds = [], []
-    for k in range(options.repeats):
-        if k % 10 == 0 and not pixels:  # in turn, because a machine's speed drifts
-            rooflines.append(measure_roofline(args, *count_work(args, obs_dim, action_dim), device, wait))
+    def seconds_of(function) -> float:
         wait()
         started = time.perf_counter()
-        one_update()
+        function()
         wait()
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    roofline = None if pixels else Roofline(args, obs_dim, action_dim, device, seconds_of)
+    seconds, shares = [], []
+    for k in range(5 + options.repeats):  # in turn, because a machine's speed drifts; the first five warm up
+        at_best = roofline.measure() if roofline else math.nan
+        taken = seconds_of(one_update)
+        if k >= 5:
+            seconds.append(taken), shares.append(at_best / taken)
     low, median, high = np.percentile(seconds, [0, 50, 100])
     print(f"one update: {1000 * median:.2f} ms (median of {options.repeats}; {1000 * low:.2f} to {1000 * high:.2f})")
     result = {"updates_per_second": 1 / median, "device": describe(options.device), "settings": vars(args)}
-    if rooflines:
-        result |= {name: float(np.median([x[name] for x in rooflines])) for name in rooflines[0]}
-        result["share_of_roofline"] = result["roofline_seconds"] / median
+    if roofline:
+        result |= roofline.describe() | {"share_of_roofline": float(np.median(shares))}
         print(f"roofline: {1000 * result['roofline_seconds']:.2f} ms ({result['flop'] / 1e9:.1f} GFLOP at "
               f"{result['flop_per_second'] / 1e9:.0f} GFLOP/s, {result['bytes'] / 1e9:.2f} GB at "
-              f"{result['bytes_per_second'] / 1e9:.1f} GB/s); share {100 * result['share_of_roofline']:.0f}%")
+              f"{result['bytes_per_second'] / 1e9:.1f} GB/s); median share {100 * result['share_of_roofline']:.0f}%")
     return result
 
 

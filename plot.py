@@ -82,14 +82,15 @@ def note(text: str) -> None:
 
 def name_algorithm(script: str, config: dict) -> str:
     """The algorithm that a script ran with these settings; {} where config.json is missing."""
-    label, ratio = LABELS.get(script, script), config.get("utd_ratio", 1)
+    usual = 5 if script == "cal_ql_pixels" else 1
+    label, ratio = LABELS.get(script, script), config.get("utd_ratio", usual)
     if script == "sac_offline_data":
         if config.get("num_critics") == 10:
             return "RLPD"
         label = {-1: label, 0: "SAC"}.get(config.get("mixing_ratio", -1), "Hybrid RL")
     elif config.get("online_cql_weight") == 0 and config.get("cql_weight"):
         label += "+SAC"
-    return f"{label} at UTD {ratio}" if ratio > 1 else label
+    return f"{label} at UTD {ratio}" if ratio != usual else label
 
 
 def read_run(folder: Path) -> Run | None:

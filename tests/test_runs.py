@@ -444,14 +444,16 @@ def test_worker_ends_with_its_parent(runs):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda(runs, monkeypatch):
+@pytest.mark.parametrize("flags", [[], ["--actor-interval", "3", "--online-cql-weight", "0", "--no-tf32"]])
+def test_cuda(flags, runs, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cal_ql_continuous, "update", at_call(20, cal_ql_continuous.update, terminate))
-        assert main([*TINY, "--device", "cuda"]) == 143
+        patch.setattr(Actor, "act", at_call(85, Actor.act, terminate))  # in the first online episode
+        assert main([*TINY, "--device", "cuda", *flags]) == 143
     run = only(runs)
+    assert checkpoint(run)["progress"]["updates"] == 12
     assert len(checkpoint(run)["rng"]) == 1 + torch.cuda.device_count()
-    assert main(["--resume", str(run)]) == 0
-    assert int(table(run)[-1]["env_steps"]) == 30
+    assert main(["--resume", str(run)]) == 0  # captures anew, after loading
+    assert int(table(run)[-1]["env_steps"]) == 30 and checkpoint(run)["progress"]["updates"] == 72
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

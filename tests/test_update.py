@@ -423,3 +423,177 @@ def test_actor_clips_its_deviation_and_acts_by_its_mean():
     for offset, clipped in [(30.0, 2.0), (-60.0, -20.0)]:
         agent.actor.log_std_offset.data.fill_(offset)
         assert (agent.actor(batch.observations)[1] == clipped).all()
+
+
+# ---- Fast paths against plain ones -----------------------------------------------------------------------------------
+
+
+def plain_network(widths: list[int], layer_norm: bool = False) -> nn.Sequential:
+    layers = []
+    for i, o in zip(widths, widths[1:], strict=False):
+        norm = nn.LayerNorm(o, elementwise_affine=False) if layer_norm else nn.Identity()
+        layers += [nn.Linear(i, o), norm, nn.ReLU()]
+    return nn.Sequential(*layers[:-2])
+
+
+class PlainAgent:
+    """Cal-QL as textbooks would write it: critics one by one on concat(s, a), a distribution object, four Adams."""
+
+    def __init__(self, agent: Agent, args: Args):
+        self.args, self.actor = args, copy.deepcopy(agent.actor)
+        self.critics, self.targets = ([plain_network([OBS_DIM + ACTION_DIM, *args.critic_layers, 1],
+                                                     args.critic_layer_norm) for _ in range(args.num_critics)]
+                                      for _ in range(2))
+        for networks, ensemble in ((self.critics, agent.critic), (self.targets, agent.target_critic)):
+            for i, network in enumerate(networks):
+                linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+                for linear, weight, bias in zip(linears, ensemble.weights, ensemble.biases, strict=True):
+                    linear.load_state_dict({"weight": weight[i].T, "bias": bias[i, 0]})
+        self.log_alpha, self.log_cql_alpha = (nn.Parameter(x.detach().clone())
+                                              for x in (agent.log_alpha, agent.log_cql_alpha))
+        critics = [parameter for network in self.critics for parameter in network.parameters()]
+        self.optimizers = [torch.optim.Adam(parameters, lr=lr, fused=False, foreach=False) for parameters, lr in (
+            (list(self.actor.parameters()), args.actor_lr), ([self.log_alpha], args.actor_lr),
+            (critics, args.critic_lr), ([self.log_cql_alpha], args.critic_lr))]
+
+    def q(self, networks, observations, actions):
+        states = observations[:, None].expand(-1, actions.shape[1], -1)
+        return torch.stack([network(torch.cat([states, actions], dim=2)).squeeze(2) for network in networks])
+
+    def sample(self, observations, noise):
+        mean, log_std = self.actor(observations)
+        u = mean[:, None] + log_std.exp()[:, None] * noise
+        normal = Normal(mean[:, None], log_std.exp()[:, None]).log_prob(u)
+        return u.tanh(), (normal - TanhTransform().log_abs_det_jacobian(u, u.tanh())).sum(2)
+
+    def update(self, batch: Batch, noise: Noise, cql_weight: float) -> None:
+        args, n = self.args, noise.uniform.shape[1]
+        action, log_prob = self.sample(batch.observations, noise.actor)
+        alpha_loss = -(self.log_alpha * (log_prob.detach() - ACTION_DIM)).mean()
+        q = self.q(self.critics, batch.observations, action).amin(0)
+        actor_loss = (self.log_alpha.exp().detach() * log_prob - q).mean()
+        with torch.no_grad():
+            next_actions, _ = self.sample(batch.next_observations, noise.target)
+            next_q = self.q(self.targets, batch.next_observations, next_actions)[noise.critics].amin(0).amax(1)
+            target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+            (current, log_current), (following, log_following) = (
+                self.sample(x, z) for x, z in ((batch.observations, noise.current),
+                                               (batch.next_observations, noise.following)))
+        q_data = self.q(self.critics, batch.observations, batch.actions[:, None])[..., 0]
+        q_random, q_current, q_next = (self.q(self.critics, batch.observations, x)
+                                       for x in (noise.uniform, current, following))
+        q_current, q_next = (torch.maximum(q, batch.mc_returns[:, None]) for q in (q_current, q_next))
+        z = torch.cat([q_random - ACTION_DIM * math.log(0.5), q_next - log_following, q_current - log_current], dim=2)
+        assert z.shape[2] == 3 * n
+        gap = (z.logsumexp(2) - q_data).mean(1) - args.target_action_gap
+        cql_alpha = self.log_cql_alpha.exp()
+        critic_loss = ((q_data - target).square().mean(1) + cql_alpha.detach() * cql_weight * gap).sum()
+        losses = actor_loss, alpha_loss, critic_loss, -cql_alpha * cql_weight * gap.detach().mean()
+        gradients = [torch.autograd.grad(loss, optimizer.param_groups[0]["params"], retain_graph=True)
+                     for loss, optimizer in zip(losses, self.optimizers, strict=True)]
+        for optimizer, values in zip(self.optimizers, gradients, strict=True):
+            for parameter, gradient in zip(optimizer.param_groups[0]["params"], values, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        with torch.no_grad():
+            for network, target_network in zip(self.critics, self.targets, strict=True):
+                for parameter, of_target in zip(network.parameters(), target_network.parameters(), strict=True):
+                    of_target += args.tau * (parameter - of_target)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_hundred_updates_equal_a_plain_implementation(layer_norm):
+    args, agent, batch, _ = make_case(cql_lagrange=True, critic_layer_norm=layer_norm, actor_lr=1e-3, critic_lr=2e-3)
+    plain, optimizer = PlainAgent(agent, args), agent.make_optimizer(args)
+    before = copy.deepcopy(agent.state_dict())
+    for k in range(100):
+        batch = batch._replace(observations=torch.randn(B, OBS_DIM), next_observations=torch.randn(B, OBS_DIM),
+                               actions=torch.randn(B, ACTION_DIM).tanh(), rewards=torch.randn(B))
+        noise, weight = cal_ql.draw_noise(batch.actions, args), 5.0 if k < 50 else 0.5
+        cal_ql.update(agent, optimizer, batch, noise, weight, True, args)
+        plain.update(batch, noise, weight)
+    for ours, theirs in ((agent.critic, plain.critics), (agent.target_critic, plain.targets)):
+        for i, network in enumerate(theirs):
+            linears = [layer for layer in network if isinstance(layer, nn.Linear)]
+            for weight, bias, linear in zip(ours.weights, ours.biases, linears, strict=True):
+                torch.testing.assert_close(weight[i].T, linear.weight, rtol=1e-6, atol=1e-8)
+                torch.testing.assert_close(bias[i, 0], linear.bias, rtol=1e-6, atol=1e-8)
+    for ours, theirs in zip(agent.actor.parameters(), plain.actor.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    for name in ("log_alpha", "log_cql_alpha"):
+        torch.testing.assert_close(getattr(agent, name), getattr(plain, name), rtol=1e-6, atol=1e-8)
+        assert abs(getattr(agent, name) - before[name]) > 0.01  # it has gone a way
+
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def make_cuda_case(**settings):
+    """An agent on the GPU with a replay of 40 offline rows, of state 0, and a function that samples and updates."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    args, device = make_args(batch_size=8, buffer_size=50, **settings), torch.device("cuda")
+    episode = cal_ql.Episode(np.zeros((41, OBS_DIM), np.float32), np.random.default_rng(0).uniform(-1, 1, (40, 2)),
+                             np.zeros(40, np.float32), np.arange(40) % 10 == 9)
+    buffer, agent = cal_ql.ReplayBuffer([episode], args, True, device), Agent(OBS_DIM, ACTION_DIM, args).to(device)
+    optimizer = agent.make_optimizer(args)
+
+    def sample_and_update(cql_weight: float = 5.0, with_actor: bool = True):
+        batch = buffer.sample(args.batch_size)
+        metrics = cal_ql.update(agent, optimizer, batch, cal_ql.draw_noise(batch.actions, args), cql_weight, with_actor,
+                                args)
+        return metrics | {"states": batch.observations[:, 0].clone()}
+
+    return agent, buffer, sample_and_update
+
+
+def online_episode(state: float, length: int = 10):
+    return cal_ql.Episode(np.full((length + 1, OBS_DIM), state, np.float32), np.zeros((length, ACTION_DIM), np.float32),
+                          np.ones(length, np.float32), np.arange(length) == length - 1)
+
+
+class TestGraph:
+    pytestmark = on_gpu
+
+    def test_hundred_updates_equal_those_without_a_graph(self):
+        agents = []
+        for prepare in (cal_ql.capture, lambda function: function):
+            agent, _, function = make_cuda_case(cql_lagrange=True)
+            call = prepare(function)
+            torch.manual_seed(1)
+            for _ in range(100):
+                call()
+            agents.append(agent.state_dict())
+        for name, value in agents[0].items():
+            torch.testing.assert_close(value, agents[1][name], rtol=1e-3, atol=1e-5)
+
+    def test_new_rows_and_shares_take_effect(self):
+        _, buffer, function = make_cuda_case()
+        call = cal_ql.capture(function)
+        for _ in range(6):
+            assert not call()["states"].any()
+        for state in (1.0, 2.0):  # half of each batch is online now; soon of more rows
+            buffer.add(online_episode(state))
+            seen = torch.cat([call()["states"].clone() for _ in range(40)])
+            assert (seen == 0).float().mean() == 0.5
+            assert set(seen.unique().tolist()) == {0.0, *range(1, int(state) + 1)}
+        buffer.offline_share.fill_(0.25)
+        assert (call()["states"] == 0).float().mean() == 0.25
+
+    def test_weights_and_intervals_have_graphs_of_their_own(self):
+        agent, _, function = make_cuda_case()
+        keys = (5.0, True), (0.0, True), (5.0, False)
+        calls = {key: cal_ql.capture(lambda key=key: function(*key)) for key in keys}
+        for key in list(calls) * 6:
+            before = [parameter.clone() for parameter in agent.actor.parameters()]
+            metrics = calls[key]()
+            assert ("losses/cql_loss" in metrics) == (key[0] > 0)
+            moved = any(not torch.equal(*pair) for pair in zip(before, agent.actor.parameters(), strict=True))
+            assert moved == key[1]
+
+    def test_every_call_draws_anew(self):
+        _, _, function = make_cuda_case()
+        call = cal_ql.capture(function)
+        values = [call()["losses/actor_loss"].item() for _ in range(10)]
+        assert len(set(values)) == 10

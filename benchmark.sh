@@ -2,6 +2,9 @@
 # Set-up, quick start, tests, and the exact command of every result; see --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# Otherwise glibc gives an update's memory back, to fetch it anew for the next one.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 
 usage() {
   cat <<'EOF'
@@ -204,9 +207,6 @@ EOF
         cores="$(getconf _NPROCESSORS_ONLN)"
         export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
       fi
-      # glibc would give an update's memory back and fetch it anew for the next one.
-      export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
-      export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
       rm -f runs/logs/*.failed
       xargs -P "$workers" -I{} ./benchmark.sh run-one "{}" <<<"$commands" || true
       if compgen -G 'runs/logs/*.failed' >/dev/null; then

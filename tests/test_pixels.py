@@ -390,6 +390,28 @@ def test_stopped_evaluation_and_episode_are_repeated(runs, monkeypatch):
         check_equal(run, only(Path("whole")))
 
 
+def test_workers_play_as_the_run_itself(runs, monkeypatch):
+    flags = ["--env-id", "test/dot-v0", *TINY]
+    assert main([*flags, "--runs-dir", "alone"]) == 0
+    assert main([*flags, "--runs-dir", "workers", "--eval-workers", "2"]) == 0
+    check_equal(only(Path("workers")), only(Path("alone")))
+
+    assert main([*flags, "--runs-dir", "overlapped", "--overlap"]) == 0
+    calls = []
+
+    def stopping_update(*arguments):
+        calls.append(1)
+        if len(calls) == 40:
+            terminate()
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cal_ql_pixels, "update", stopping_update)
+        assert main([*flags, "--overlap"]) == 143
+    assert main(["--resume", str(only(runs))]) == 0
+    check_equal(only(runs), only(Path("overlapped")))
+
+
 def test_resume_refuses_other_data(runs, capsys):
     write_dots("test/changing-v0")
     flags = ["--env-id", "test/changing-v0", *TINY, "--online-steps", "0"]

@@ -24,6 +24,7 @@ from minari.data_collector import EpisodeBuffer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cal_ql_continuous
+import sac_offline_data
 from cal_ql_continuous import Actor, main
 from collect import pick_place, point_maze
 
@@ -419,6 +420,30 @@ def test_overlapped_run_resumes(call, overlapped, runs, monkeypatch):
     torch.manual_seed(99)
     assert main(["--resume", str(only(runs)), "--eval-workers", "0"]) == 0
     check_equal(only(runs), overlapped[0])
+
+
+@pytest.mark.parametrize("flags", [[], ["--overlap"]])
+def test_sac_begins_with_random_actions_and_resumes(flags, runs, monkeypatch):
+    text = " ".join(TINY).replace("--offline-steps 12 ", "").replace("--offline-eval-interval 5 ", "")
+    flags = [*text.replace("--num-actions 2", "").split(), "--random-steps", "15", *flags]
+    assert sac_offline_data.main([*flags, "--runs-dir", "whole"]) == 0
+    whole = only(Path("whole"))
+    # Two episodes begin before step 15.
+    actions = checkpoint(whole)["buffer"]["online"][1]
+    assert len(actions) == 30
+    generators = [torch.Generator().manual_seed(sac_offline_data.derive_seed(1, sac_offline_data.TRAINING, k))
+                  for k in range(3)]
+    for k, generator in enumerate(generators):
+        expected = []
+        for _ in range(10):
+            torch.randn(1, 2, generator=generator)  # the policy's draw, which is not used
+            expected.append(torch.rand(2, generator=generator) * 2 - 1)
+        assert torch.allclose(actions[10 * k : 10 * k + 10], torch.stack(expected)) == (k < 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sac_offline_data, "update", at_call(30, sac_offline_data.update, terminate))
+        assert sac_offline_data.main(flags) == 143
+    assert sac_offline_data.main(["--resume", str(only(runs))]) == 0
+    check_equal(only(runs), whole)
 
 
 def test_worker_ends_with_its_parent(runs):

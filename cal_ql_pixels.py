@@ -925,6 +925,8 @@ def train(args: Args) -> None:
             raise InputError(f"{args.env_id}'s data has changed since {run} began: restore it, or start a new run.")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group in optimizer.param_groups:  # loaded too, but of the device that the checkpoint was written on
+            group["capturable"] = device.type == "cuda"
         buffer.load_state_dict(checkpoint["buffer"])
         progress = SimpleNamespace(**checkpoint["progress"])
         acting.load_state_dict(checkpoint["acting"])

@@ -271,6 +271,17 @@ def test_finished_run_can_be_extended(finished):
     assert [int(row["env_steps"]) for row in rows[len(before) :]] == [40, 50]
 
 
+def test_run_from_another_device_is_continued(finished):
+    """A checkpoint written on a GPU says that Adam can be captured, which holds for its device alone."""
+    path = finished / "checkpoint.pt"
+    state = torch.load(path)
+    for group in state["optimizer"]["param_groups"]:
+        group["capturable"] = True
+    torch.save(state, path)
+    assert main(["--resume", str(finished), "--online-steps", "40"]) == 0
+    assert [group["capturable"] for group in checkpoint(finished)["optimizer"]["param_groups"]] == [False, False]
+
+
 @pytest.mark.parametrize("flags, named", [
     (["--gamma", "0.9", "--batch-size", "16"], ["gamma", "batch_size"]),
     (["--env-id", "pick-place"], ["env_id"]),

@@ -269,7 +269,7 @@ def bench_online(options: argparse.Namespace) -> dict:
     script.draw_noise = timed("update", script.draw_noise)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--env-id", options.env_id, "--device", options.device, "--runs-dir", folder, "--offline-steps", "10",
-                 "--online-steps", str(options.steps), "--online-eval-interval", str(options.steps // 2)]
+                 "--online-steps", str(options.steps)]
         if script.main(flags):
             sys.exit(1)
     wall = time.perf_counter() - began[0]
@@ -288,7 +288,7 @@ def main() -> None:
         command.add_argument("--env-id", default="pick-place" if name == "online" else "antmaze-large-diverse")
         command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
         command.add_argument("--repeats", type=int, default=20, help="updates or episodes to time")
-        command.add_argument("--steps", type=int, default=600, help="environment steps of the online phase")
+        command.add_argument("--steps", type=int, default=1000, help="environment steps of the online phase")
         command.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     known = [*cal_ql_continuous.TASKS] + [*cal_ql_pixels.TASKS] * (options.command != "online")

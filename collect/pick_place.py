@@ -11,6 +11,7 @@ scripted data, sparse reward, contact.
 """
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import re
@@ -159,6 +160,8 @@ def make_camera_env(**kwargs) -> gym.Env:
     """The environment as the camera sees it; recovered from the dataset like the state-based one."""
     if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         os.environ.setdefault("MUJOCO_GL", "egl")  # draws without a screen
+    if os.environ.get("MUJOCO_GL") == "egl":
+        importlib.import_module("mujoco.egl")  # fails here where the library is missing, not amid a viewer's making
     return CameraObservation(PickPlaceScene(**kwargs))
 
 

@@ -78,7 +78,7 @@ class Args:
     runs_dir: str = "runs"
     """folder for the run's own folder"""
     resume: str = ""
-    """folder of a run to continue; of its settings, step totals, intervals, device, tf32, eval_workers and track may be changed"""
+    """folder of a run to continue; only step totals, intervals, device, tf32, eval_workers and track may be changed"""
     track: bool = False
     """log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE=offline are obeyed"""
 

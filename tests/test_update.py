@@ -1,6 +1,7 @@
 """The update against an oracle without torch, and what sets Cal-QL apart from CQL."""
 
 import ast
+import contextlib
 import copy
 import math
 import types
@@ -523,6 +524,35 @@ def test_a_hundred_updates_equal_a_plain_implementation(layer_norm):
     for name in ("log_alpha", "log_cql_alpha"):
         torch.testing.assert_close(getattr(agent, name), getattr(plain, name), rtol=1e-6, atol=1e-8)
         assert abs(getattr(agent, name) - before[name]) > 0.01  # it has gone a way
+
+
+def test_capture_calls_three_times_captures_once_and_replays(monkeypatch):
+    """The order of calls alone, with a stand-in for CUDA; the tests below need the real one."""
+    events, numbers = [], iter(range(100))
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append("wait")
+
+    class Graph:
+        def replay(self):
+            events.append("replay")
+
+    def context(name):
+        return lambda *_: contextlib.nullcontext(events.append(name))
+
+    fakes = dict(CUDAGraph=Graph, Stream=Stream, current_stream=Stream, stream=context("side"),
+                 graph=context("capture"))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def function():
+        events.append("call")
+        return {"loss": next(numbers)}
+
+    call = cal_ql.capture(function)
+    assert [call()["loss"] for _ in range(6)] == [0, 1, 2, 3, 3, 3]
+    assert events == ["wait", "side", "call", "wait"] * 3 + ["capture", "call", "replay"] + ["replay"] * 2
 
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -110,6 +110,7 @@ def bench_update(options: argparse.Namespace) -> dict:
     pixels = options.env_id in cal_ql_pixels.TASKS
     script = cal_ql_pixels if pixels else cal_ql_continuous
     args, rows = script.parse_args(flags), 10_000 if pixels else 100_000
+    script.keep_memory()
     obs_dim, action_dim = (0, 4) if pixels else STATE_AND_ACTION[script.TASKS[options.env_id].domain]
     observations = rng.standard_normal((rows + 1, obs_dim), np.float32)
     if pixels:

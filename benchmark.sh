@@ -2,9 +2,6 @@
 # Set-up, quick start, tests, and the exact command of every result; see --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-# Otherwise glibc gives an update's memory back, to fetch it anew for the next one.
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 
 usage() {
   cat <<'EOF'

@@ -98,7 +98,8 @@ class Args:
     eval_episodes: int = 20
     """episodes of an evaluation, with the deterministic policy"""
     eval_workers: int = 0
-    """processes that play the evaluations while training goes on; with 0 training waits for them"""
+    """processes that play the evaluations while training goes on; with 0 training waits for them (to stop, and to write
+    a checkpoint, it waits in either case)"""
     overlap: bool = False
     """play each online episode in a process of its own, during the updates owed for the one before it; other than in
     the paper, its policy has not learned from that one yet"""
@@ -824,9 +825,11 @@ def play(agent: Agent, seed: int, stochastic: bool):
 
 
 def make_workers(count: int, args: Args) -> concurrent.futures.Executor:
-    """Processes with an environment each, which start with their first episodes."""
+    """Processes with an environment each."""
     context = multiprocessing.get_context("spawn")  # forked ones would share locks and graphics with this process
-    return concurrent.futures.ProcessPoolExecutor(count, context, start_worker, (args,))
+    workers = concurrent.futures.ProcessPoolExecutor(count, context, start_worker, (args,))
+    list(workers.map(abs, range(count)))  # waits until all have started: half-made ones would die of a signal
+    return workers
 
 
 @torch.no_grad()
@@ -927,7 +930,6 @@ def train(args: Args) -> None:
     progress = SimpleNamespace(phase="offline", updates=0, offline_updates=0, env_steps=0, episodes=0, owed=0, evals=0,
                                offline_evals=0, evaluated_at=-1, rows=[], scores=[], regret=math.nan, wall_time=0.0)
     acting, begun = copy.deepcopy(agent).cpu(), []  # plays online episodes; the evaluation that has no row yet
-    evaluators, player = (make_workers(count, args) if count else None for count in (args.eval_workers, args.overlap))
 
     if args.resume:
         run, checkpoint = Path(args.resume), read_checkpoint(args.resume)
@@ -1023,7 +1025,8 @@ def train(args: Args) -> None:
         else:
             played = [roll_out(env, frozen, seed, False, check) for seed in seeds]
         progress.evals, progress.evaluated_at = count + 1, step()
-        begun.append((vars(progress) | probe(agent, buffer, derive_seed(args.seed, PROBE, count), args), played))
+        values = probe(agent, buffer, derive_seed(args.seed, PROBE, count), args)
+        begun.append((vars(progress) | values | {"wall_time": time.time() - started}, played))
         if not args.eval_workers:
             write_evaluation()
 
@@ -1038,7 +1041,7 @@ def train(args: Args) -> None:
         progress.scores.append(sum(scores) / len(scores) if scored else row["return"])
         if row["phase"] == "online" and scored:  # regret: mean of 1 - score over the online evaluations (section 6)
             progress.regret = 1 - float(np.mean(progress.scores[progress.offline_evals :]))
-        row |= {"score": progress.scores[-1], "regret": progress.regret, "wall_time": time.time() - started}
+        row |= {"score": progress.scores[-1], "regret": progress.regret}
         progress.rows.append(",".join(str(row[column]) for column in EVAL_COLUMNS.split(",")))
         (run / "eval.csv").write_text("\n".join([EVAL_COLUMNS, *progress.rows, ""]))
         values = {column: row[column] for column in EVAL_COLUMNS.split(",")[3:-1]}
@@ -1048,6 +1051,7 @@ def train(args: Args) -> None:
         tqdm.write(f"{row['phase']:7}  updates {row['updates']}  env_steps {row['env_steps']}  "
                    + "  ".join(f"{name} {value:.3f}" for name, value in values.items()))
 
+    evaluators, player = (make_workers(count, args) if count else None for count in (args.eval_workers, args.overlap))
     handlers = {n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         # Phase 1: offline pre-training, up to the evaluation at the switch.
@@ -1092,8 +1096,10 @@ def train(args: Args) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for worker in multiprocessing.active_children():  # what they play is not needed any more
+            worker.kill()
         for workers in filter(None, (evaluators, player)):
-            workers.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown()
         writer.close()
         env.close()
 

@@ -810,18 +810,18 @@ def roll_out(env: gym.Env, agent: Agent, seed: int, stochastic: bool, check):
     return Episode(observations, *map(np.array, (actions, rewards, terminations[1:]))), score
 
 
+def play(agent: Agent, seed: int, stochastic: bool):
+    """`roll_out` in a worker process, which `start_worker` has made ready."""
+    return roll_out(play.env, agent, seed, stochastic, lambda: None)
+
+
 def start_worker(args: Args) -> None:
-    """Readies a process for `play`. Signals are the main process's to answer; when that ends, so does the worker."""
+    """Readies a worker process for `play`. Signals are the main process's to answer; when that ends, so does this."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(0)), daemon=True).start()
     torch.set_num_threads(1)
     play.env = make_env(open_dataset(find_task(args.env_id).datasets[-1]), args.episode_length)
-
-
-def play(agent: Agent, seed: int, stochastic: bool):
-    """`roll_out` in a worker."""
-    return roll_out(play.env, agent, seed, stochastic, lambda: None)
 
 
 def make_workers(count: int, args: Args) -> concurrent.futures.Executor:

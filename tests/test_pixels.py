@@ -412,6 +412,15 @@ def test_workers_play_as_the_run_itself(runs, monkeypatch):
     check_equal(only(runs), only(Path("overlapped")))
 
 
+def test_frames_that_an_environment_flips_or_draws_over_are_copied():
+    frame = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    seen = to_observation(frame[::-1], gym.spaces.Box(0, 255, (4, 4, 3), np.uint8)).pixels
+    expected = frame[::-1].copy()
+    assert np.array_equal(torch.from_numpy(seen), expected)
+    frame[:] = 0
+    assert np.array_equal(seen, expected)
+
+
 def test_resume_refuses_other_data(runs, capsys):
     write_dots("test/changing-v0")
     flags = ["--env-id", "test/changing-v0", *TINY, "--online-steps", "0"]

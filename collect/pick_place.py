@@ -10,6 +10,7 @@ counterpart of the paper's visual manipulation task (appendix G.4), from the sta
 scripted data, sparse reward, contact.
 """
 
+import atexit
 import dataclasses
 import importlib
 import os
@@ -33,7 +34,6 @@ import minari
 import numpy as np
 import tyro
 from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
-from gymnasium.envs.registration import EnvSpec
 from gymnasium_robotics.envs.fetch.fetch_env import MujocoFetchEnv
 from minari.data_collector import EpisodeBuffer
 from minari.storage import get_dataset_path
@@ -59,10 +59,19 @@ class PickPlaceScene(MujocoFetchEnv):
 
     def __init__(self, **kwargs):
         super().__init__(
-            gripper_extra_height=0.2, block_gripper=False, has_object=True, target_in_the_air=False, target_offset=0.0,
-            obj_range=0.0, target_range=0.0, distance_threshold=0.05, reward_type="sparse", n_substeps=20,
+            gripper_extra_height=0.2,
+            block_gripper=False,
+            has_object=True,
+            target_in_the_air=False,
+            target_offset=0.0,
+            obj_range=0.0,
+            target_range=0.0,
+            distance_threshold=0.05,
+            reward_type="sparse",
+            n_substeps=20,
             initial_qpos={"robot0:slide0": 0.405, "robot0:slide1": 0.48, "robot0:slide2": 0.0},
-            model_path=str(FETCH_XML), **kwargs,
+            model_path=str(FETCH_XML),
+            **kwargs,
         )
 
     def _initialize_simulation(self):
@@ -142,16 +151,23 @@ class CameraObservation(gym.ObservationWrapper, gym.utils.RecordConstructorArgs)
         gym.ObservationWrapper.__init__(self, env)
         self.observation_space = gym.spaces.Box(0, 255, (PIXELS, PIXELS, 3), np.uint8)
         scene = env.unwrapped
+        scene.model.vis.quality.shadowsize = 0  # a map of 64 MB that nothing needs
         scene.model.vis.quality.offsamples = 0  # without multisampling, and without ...
         self.renderer = MujocoRenderer(scene.model, scene.data, CAMERA, PIXELS, PIXELS, camera_id=-1)
         self.renderer.render("rgb_array")  # makes the drawing context
+        atexit.register(self.renderer.close)  # at the latest before OpenGL itself ends
         for effect in ("SHADOW", "REFLECTION", "SKYBOX"):  # ... these a frame takes a third of the time
             self.renderer.viewer.scn.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{effect}")] = 0
 
     def observation(self, observation):
+        self.renderer.viewer.make_context_current()  # several cameras in one process each have a context of their own
         return self.renderer.render("rgb_array").copy()
 
     def close(self):
+        atexit.unregister(self.renderer.close)
+        # Freed in its own context: later, it would delete the objects of the same numbers in another camera's.
+        self.renderer.viewer.make_context_current()
+        self.renderer.viewer.con.free()
         self.renderer.close()
         super().close()
 
@@ -165,10 +181,9 @@ def make_camera_env(**kwargs) -> gym.Env:
     return CameraObservation(PickPlaceScene(**kwargs))
 
 
-STATE_SPEC = EnvSpec("cal-ql/PickPlace-v0", entry_point="collect.pick_place:make_state_env", max_episode_steps=40)
-CAMERA_SPEC = EnvSpec(
-    "cal-ql/PickPlaceCamera-v0", entry_point="collect.pick_place:make_camera_env", max_episode_steps=40
-)
+for env_id, make in (("cal-ql/PickPlace-v0", make_state_env), ("cal-ql/PickPlaceCamera-v0", make_camera_env)):
+    gym.register(env_id, entry_point=f"collect.pick_place:{make.__name__}", max_episode_steps=40)
+STATE_SPEC, CAMERA_SPEC = gym.spec("cal-ql/PickPlace-v0"), gym.spec("cal-ql/PickPlaceCamera-v0")
 
 
 class Demonstrator:
@@ -253,8 +268,10 @@ def collect(args: Args) -> minari.MinariDataset:
     try:
         env = gym.make(spec)
     except Exception as error:  # OpenGL fails in many ways
-        raise RuntimeError(f"cannot draw ({error}): on Debian and Ubuntu `apt-get install libegl1 libegl-mesa0 "
-                           "libgl1-mesa-dri`, and leave MUJOCO_GL unset or egl") from error
+        raise RuntimeError(
+            f"cannot draw ({error}): on Debian and Ubuntu `apt-get install libegl1 libegl-mesa0 "
+            "libgl1-mesa-dri`, and leave MUJOCO_GL unset or egl"
+        ) from error
     parts.mkdir(parents=True, exist_ok=True)
     for k in tqdm(range(args.episodes), desc="demonstrations", unit="episode"):
         if not (parts / f"{k}.npz").exists():
@@ -268,8 +285,13 @@ def collect(args: Args) -> minari.MinariDataset:
             succeeded = part["success"][1:]
             last = np.arange(len(succeeded)) == len(succeeded) - 1
             yield EpisodeBuffer(
-                id=k, seed=100_000 * args.seed + k, observations=part["observations"], actions=part["actions"],
-                rewards=succeeded.astype(np.float64), terminations=succeeded, truncations=last & ~succeeded,
+                id=k,
+                seed=100_000 * args.seed + k,
+                observations=part["observations"],
+                actions=part["actions"],
+                rewards=succeeded.astype(np.float64),
+                terminations=succeeded,
+                truncations=last & ~succeeded,
                 infos={"success": part["success"]},
             )
 
@@ -277,8 +299,12 @@ def collect(args: Args) -> minari.MinariDataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
         dataset = minari.create_dataset_from_buffers(
-            args.dataset_id, episodes(), env=spec, algorithm_name=f"scripted, action noise {args.noise}",
-            author="Cal-QL", description="Scripted pick-and-place demonstrations, successful and failed.",
+            args.dataset_id,
+            episodes(),
+            env=spec,
+            algorithm_name=f"scripted, action noise {args.noise}",
+            author="Cal-QL",
+            description="Scripted pick-and-place demonstrations, successful and failed.",
             jpeg_encoding=False,
         )
     shutil.rmtree(parts)
@@ -293,7 +319,7 @@ def main() -> int:
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", args.dataset_id):  # the folder of that name will be replaced
         print(f"error: --dataset-id {args.dataset_id} must be like cal-ql/pick-place/name-v0.", file=sys.stderr)
         return 2
-    if args.dataset_id in minari.list_local_datasets() and not args.overwrite and not args.parts.exists():
+    if (get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite and not args.parts.exists():
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     # The environment's entry point is `collect.pick_place`, wherever and however this file is started.

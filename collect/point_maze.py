@@ -9,6 +9,7 @@ at the goal, which ends the episode, and 0 elsewhere. A smoke run rather than a 
 import collections
 import copy
 import dataclasses
+import shutil
 import sys
 import warnings
 
@@ -89,18 +90,27 @@ def collect(args: Args) -> minari.MinariDataset:
         observations = {key: np.array([step[key] for step in steps]) for key in steps[0]}
         episodes.append(
             EpisodeBuffer(
-                id=k, seed=seed, observations=observations, actions=np.array(actions), rewards=rewards,
-                terminations=terminations, truncations=truncations, infos={"success": np.array(success)},
+                id=k,
+                seed=seed,
+                observations=observations,
+                actions=np.array(actions),
+                rewards=rewards,
+                terminations=terminations,
+                truncations=truncations,
+                infos={"success": np.array(success)},
             )
         )
     env.close()
-    if args.dataset_id in minari.list_local_datasets():
-        minari.delete_dataset(args.dataset_id)
+    shutil.rmtree(minari.storage.get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
         return minari.create_dataset_from_buffers(
-            args.dataset_id, episodes, env=spec, algorithm_name=f"waypoints, action noise {args.noise}",
-            author="Cal-QL", description="Noisy waypoint demonstrations from one start to one goal.",
+            args.dataset_id,
+            episodes,
+            env=spec,
+            algorithm_name=f"waypoints, action noise {args.noise}",
+            author="Cal-QL",
+            description="Noisy waypoint demonstrations from one start to one goal.",
         )
 
 
@@ -109,7 +119,7 @@ def main() -> int:
     if args.episodes < 1 or args.noise < 0:
         print("error: --episodes must be at least 1 and --noise at least 0.", file=sys.stderr)
         return 2
-    if args.dataset_id in minari.list_local_datasets() and not args.overwrite:
+    if (minari.storage.get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite:
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     dataset = collect(args)

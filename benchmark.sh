@@ -3,14 +3,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# The second quick start: small networks on antmaze-umaze, with data that is collected here.
+UMAZE_COLLECT="--episodes 300"
+UMAZE_FLAGS="--critic-layers 256 256 --num-actions 4 --threads 1 --offline-steps 40000 --online-steps 20000"
+UMAZE_FLAGS+=" --offline-eval-interval 5000 --online-eval-interval 5000"
+
 usage() {
   cat <<'EOF'
 ./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, pre-train and fine-tune on them: minutes
                                     on a CPU; FLAGS go to cal_ql_continuous.py, for example --seed 2
+./benchmark.sh antmaze-umaze [FLAGS]   the same on the smallest AntMaze, with small networks
 ./benchmark.sh test [FLAGS]         install, then run the tests; FLAGS go to pytest
 ./benchmark.sh GROUP [OPTIONS] [-- FLAGS]   run a group of experiments; FLAGS are added to each command
 
-Both use the active virtual environment or conda environment; without one they make .venv here.
+They use the active virtual environment or conda environment; without one they make .venv here.
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
@@ -62,23 +68,16 @@ command_of() {
       if [ "$2" = pick-place-pixels ]; then echo "python cal_ql_pixels.py $run"; else echo "python cal_ql_continuous.py $run"; fi
       ;;
     cql) echo "python cql_continuous.py $run" ;;
-    cql_sac) echo "python cql_continuous.py $run --online-cql-weight 0" ;;
+    cql_sac) echo "python cql_continuous.py $run --online-cql-factor 0" ;;
     sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
     sac_offline_data) echo "python sac_offline_data.py $run --mixing-ratio -1" ;;
     hybrid_rl) echo "python sac_offline_data.py $run" ;;
     cal_ql_utd20) echo "python cal_ql_continuous.py $run $high_utd --num-target-critics 2" ;;
     rlpd) # target entropy -dim(A)/2; one target critic in AntMaze, two elsewhere, as in RLPD's own commands
-      local critics=2 entropy
-      case "$2" in
-        antmaze-*) critics=1 entropy=-4 ;;
-        pen-*) entropy=-12 ;;
-        door-*) entropy=-14 ;;
-        relocate-*) entropy=-15 ;;
-        kitchen-*) entropy=-4.5 ;;
-        *) entropy=-2 ;;
-      esac
+      local critics=2
+      if [[ "$2" == antmaze-* ]]; then critics=1; fi
       echo "python sac_offline_data.py $run $high_utd --num-target-critics $critics --mixing-ratio 0.5" \
-        "--actor-layers 256 256 256 --critic-layers 256 256 256 --target-entropy $entropy --no-backup-entropy" \
+        "--actor-layers 256 256 256 --critic-layers 256 256 256 --target-entropy-scale -0.5 --no-backup-entropy" \
         "--random-steps 5000"
       ;;
     *) die "unknown algorithm $1; see ./benchmark.sh --help." ;;
@@ -114,15 +113,19 @@ commands_of() {
   local task algo seed
   for task in $tasks; do
     for algo in $(tr , ' ' <<<"${2:-$algos}"); do
-      for seed in $(seq "$3"); do command_of "$algo" "$task" "$seed"; done
+      for ((seed = 1; seed <= $3; seed++)); do command_of "$algo" "$task" "$seed"; done
     done
   done
 }
 
 # run_one COMMAND: runs it unless it has finished before, resuming where there is a checkpoint.
 run_one() {
-  local words=($1) name log run resumed=()
-  name="$(basename "${words[1]}" .py)__${words[3]}__${words[5]}__$(cksum <<<"$1" | cut -d' ' -f1)"
+  [ $# -eq 1 ] || die "run-one takes one argument, a line that --dry-run prints."
+  local words=() word name log run
+  while IFS= read -r word; do words+=("$word"); done < <(xargs printf '%s\n' <<<"$1" 2>/dev/null) # as quoted
+  [[ "${words[0]:-} ${words[2]:-} ${words[4]:-}" == "python --env-id --seed" && -f "${words[1]}" ]] ||
+    die "run-one takes a line that --dry-run prints, not: $1"
+  name="$(basename "${words[1]}" .py)__${words[3]//\//-}__${words[5]}__$(cksum <<<"$1" | cut -d' ' -f1)"
   log="runs/logs/$name.log"
   mkdir -p runs/logs
   if [ -f "runs/logs/$name.done" ]; then
@@ -132,8 +135,7 @@ run_one() {
   touch "$log"
   run="$(sed -n 's/^run: \(.*\) on [a-z]*$/\1/p' "$log" | tail -1)"
   if [ -n "$run" ] && [ -f "$run/checkpoint.pt" ]; then
-    resumed=(python "${words[1]}" --resume "$run")
-    words=("${resumed[@]}")
+    words=(python "${words[1]}" --resume "$run")
   fi
   echo "started: ${words[*]}"
   if "${words[@]}" >>"$log" 2>&1; then
@@ -167,19 +169,25 @@ run_group() {
         ;;
       --dry-run) mode=dry && shift ;;
       --slurm) mode=slurm && shift ;;
-      --) shift && flags="${*:+ $*}" && break ;;
+      --)
+        shift
+        if [ $# -gt 0 ]; then flags="$(printf ' %q' "$@")"; fi
+        break
+        ;;
       *) die "unknown option $1; see ./benchmark.sh --help." ;;
     esac
   done
-  [[ "$seeds" =~ ^[1-9][0-9]*$ && "$workers" =~ ^[1-9][0-9]*$ ]] || die "--seeds and --workers take whole numbers from 1 on."
-  local commands
+  [[ "$seeds" =~ ^[1-9][0-9]{0,3}$ && "$workers" =~ ^[1-9][0-9]{0,3}$ ]] ||
+    die "--seeds and --workers take whole numbers from 1 to 9999."
+  [[ -z "$algos" || "$algos" =~ [^,] ]] || die "--algos names no algorithm; see ./benchmark.sh --help."
+  local line commands
   commands="$(commands_of "$group" "$algos" "$seeds")" || exit 2
-  commands="$(sed "s|\$|$flags|" <<<"$commands")"
+  commands="$(while IFS= read -r line; do printf '%s%s\n' "$line" "$flags"; done <<<"$commands")"
   case "$mode" in
-    dry) echo "$commands" ;;
+    dry) printf '%s\n' "$commands" ;;
     slurm)
       mkdir -p runs/logs
-      echo "$commands" >"runs/$group.commands"
+      printf '%s\n' "$commands" >"runs/$group.commands"
       cat >"runs/$group.sbatch" <<EOF
 #!/usr/bin/env bash
 #SBATCH --job-name=cal-ql-$group
@@ -205,7 +213,7 @@ EOF
         export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
       fi
       rm -f runs/logs/*.failed
-      xargs -P "$workers" -I{} ./benchmark.sh run-one "{}" <<<"$commands" || true
+      tr '\n' '\0' <<<"$commands" | xargs -0 -n 1 -P "$workers" ./benchmark.sh run-one || true
       if compgen -G 'runs/logs/*.failed' >/dev/null; then
         echo "failed:" >&2
         cat runs/logs/*.failed >&2
@@ -227,7 +235,18 @@ case "${1:-}" in
     install requirements-dev.txt
     exec python -m pytest -q "$@"
     ;;
-  run-one) run_one "$2" ;;
+  antmaze-umaze)
+    shift
+    install requirements.txt
+    # shellcheck disable=SC2086
+    python -m collect.ant_maze umaze $UMAZE_COLLECT
+    # shellcheck disable=SC2086
+    exec python cal_ql_continuous.py --env-id antmaze-umaze $UMAZE_FLAGS "$@"
+    ;;
+  run-one)
+    shift
+    run_one "$@"
+    ;;
   "" | -h | --help)
     usage
     [ -n "${1:-}" ] || exit 2

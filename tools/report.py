@@ -1,0 +1,174 @@
+"""Draws every picture and table of README.md and docs/ from the runs in results/.
+
+    python tools/report.py                        # pictures into docs/figures/<task>/, tables between their markers
+    python tools/report.py --peers peers.csv      # the same, with another code base's curves dashed
+    python tools/report.py --check                # writes nothing; exit code 1 where a table is not what results/ say
+    python tools/report.py --add runs/<run>       # first copies a run's eval.csv and config.json into results/
+    python tools/report.py --add runs/<run> --variant small    # as a variant, for other settings than the task's
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is one of
+
+    paper ALGORITHM   the paper's tasks, its numbers beside ours
+    task TASK         means over the seeds of a task
+    seeds TASK        its runs one by one
+"""
+
+import csv
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools import plot  # noqa: E402
+
+MARKED = re.compile(r"(<!-- table (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NOT_RUN = "not run yet"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def unit_of(algorithms: dict[str, list[plot.Run]]) -> tuple[int, int, str]:
+    """Factor, digits and heading of a task's scores: percent, or the return where no success is told."""
+    return (100, 0, "%") if plot.has_score(algorithms) else (1, 1, "return")
+
+
+def paper_table(groups: plot.Groups, algorithm: str) -> str:
+    """The paper's tables 1 and 2 for one algorithm, ours beside them."""
+    with (ROOT / "tools" / "paper.csv").open(newline="") as file:
+        paper = [row for row in csv.DictReader(file) if row["algorithm"] == algorithm]
+    rows = []
+    for row in paper:
+        runs = groups.get(row["task"], {}).get(algorithm, [])
+        means = plot.summarise(runs, 100)
+        ours = ["unfinished" if runs else NOT_RUN, "-", "-", "-", "0"]
+        if means:  # their length, for it may not be the paper's
+            ours = [f"{means['offline']:.0f}", f"{means['online']:.0f}", f"{means['regret']:.2f}"]
+            ours += [f"{means['env_steps']:,.0f}", str(means["seeds"])]
+        rows.append([row["task"], row["offline"] or "-", row["online"], row["regret"], *ours])
+    header = ["task", "paper: offline %", "online %", "regret", "ours: offline %", "online %", "regret"]
+    return markdown([*header, "steps online", "seeds"], rows)
+
+
+def task_table(groups: plot.Groups, task: str) -> str:
+    """Means over a task's finished runs, an algorithm a row; unfinished runs are counted."""
+    algorithms = groups.get(task, {})
+    if not algorithms:
+        return f"{NOT_RUN}\n"
+    (unit, digits, heading), rows = unit_of(algorithms), []
+    for name, runs in algorithms.items():
+        means, cells = plot.summarise(runs, unit), ["-"] * 5 + ["0"]
+        if means:
+            cells = [f"{means[key]:.{digits}f}" for key in ("offline", "online")]
+            cells += [f"{means['regret']:.2f}" if unit == 100 else "-"]
+            cells += [f"{means['updates']:,.0f}", f"{means['env_steps']:,.0f}", str(means["seeds"])]
+        rows.append([name, *cells, str(sum(not run.finished for run in runs))])
+    header = ["algorithm", f"offline {heading}", f"online {heading}", "regret", "updates offline", "steps online"]
+    return markdown([*header, "seeds", "unfinished"], rows)
+
+
+def seeds_table(groups: plot.Groups, task: str) -> str:
+    """A task's runs one by one, unfinished ones as far as they are."""
+    algorithms = groups.get(task, {})
+    if not algorithms:
+        return f"{NOT_RUN}\n"
+    (unit, digits, heading), rows = unit_of(algorithms), []
+    for name, runs in algorithms.items():
+        for run in sorted(runs, key=lambda run: run.seed):
+            scores = unit * run.rows.score.to_numpy()
+            online = unit * run.online.score.to_numpy()
+            cells = ["-", "-", "-"]
+            if len(online):
+                regret = f"{run.online.regret.iloc[-1]:.3f}" if unit == 100 else "-"
+                cells = [f"{online.min():.{digits}f}", f"{online[-1]:.{digits}f}", regret]
+            steps, minutes = run.rows.env_steps.iloc[-1], run.rows.wall_time.iloc[-1] / 60
+            switch = f"{scores[len(run.offline) - 1]:.{digits}f}"
+            rows.append([name, str(run.seed), switch, *cells, f"{steps:,.0f}", f"{minutes:.0f}"])
+    header = ["algorithm", "seed", f"offline {heading}", f"lowest online {heading}", f"online {heading}", "regret"]
+    return markdown([*header, "steps online", "minutes"], rows)
+
+
+TABLES = {"paper": paper_table, "task": task_table, "seeds": seeds_table}
+
+
+def fill(text: str, groups: plot.Groups) -> str:
+    """The text with every marked table made anew. Raises InputError for a table of an unknown name."""
+
+    def table(match: re.Match) -> str:
+        kind, _, rest = match[2].partition(" ")
+        if kind not in TABLES or not rest:
+            raise plot.InputError(f"no table {match[2]!r}: its first word must be one of {', '.join(TABLES)}.")
+        return match[1] + TABLES[kind](groups, rest) + match[4]
+
+    return MARKED.sub(table, text)
+
+
+def add_run(run: Path, variant: str, results: Path) -> Path:
+    """Copies a run's eval.csv and config.json to where its task, algorithm and seed belong; returns that folder."""
+    found = plot.read_run(run)
+    keys = {label: key for key, label in plot.ALGORITHMS.items()}
+    name = f"{keys.get(found.algorithm, found.algorithm.replace(' ', '_'))}{variant and '-'}{variant}-seed{found.seed}"
+    if not (run / "config.json").is_file():
+        raise plot.InputError(f"{run} has no config.json, which a published run needs.")
+    folder = results / found.task / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("eval.csv", "config.json"):
+        shutil.copyfile(run / file, folder / file)
+    return folder
+
+
+@dataclass
+class Args:
+    check: bool = False
+    """write nothing, and tell by the exit code whether the tables are what results/ say"""
+    add: tuple[Path, ...] = ()
+    """folders of runs to publish first"""
+    variant: str = ""
+    """with --add, a word for settings that are not the task's own"""
+    peers: Path | None = None
+    """CSV with another code base's curves, for the pictures"""
+    root: Path = ROOT
+    """folder with README.md, docs/ and results/"""
+    reps: int = 2000
+    """bootstrap resamples"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 where --check finds a difference, or 2 for bad input."""
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    results, changed = args.root / "results", []
+    try:
+        if args.add and args.check or not re.fullmatch(r"[\w.]*", args.variant):
+            raise plot.InputError("--add and --check exclude each other, and --variant is one word.")
+        for run in args.add:
+            print(f"added {add_run(run, args.variant, results)}")
+        groups = plot.read_runs([str(results)]) if plot.find_runs([str(results)]) else {}
+        for path in [args.root / "README.md", *sorted((args.root / "docs").glob("*.md"))]:
+            text = path.read_text()
+            if fill(text, groups) != text:
+                changed.append(path)
+                if not args.check:
+                    path.write_text(fill(text, groups))
+        if args.check:
+            for path in changed:
+                print(f"{path}: a table is not what results/ say; run python tools/report.py", file=sys.stderr)
+            return int(bool(changed))
+        peers = plot.read_peers(args.peers) if args.peers else None
+        for task, algorithms in groups.items():
+            plot.draw_all({task: algorithms}, args.root / "docs" / "figures" / task, args.reps, peers, table=False)
+    except (plot.InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,14 @@
-"""Monte-Carlo returns, and which rows the replay holds and samples."""
+"""Monte-Carlo returns, and which transitions the replay holds and samples."""
 
 import numpy as np
 import pytest
 import torch
 
-from cal_ql_continuous import Args, Episode, ReplayBuffer, monte_carlo_returns
+from cal_ql_continuous import Args, Episode, InputError, ReplayBuffer, monte_carlo_returns
 
 
 def make_episode(first: int, length: int, terminated: bool = True) -> Episode:
-    """Row k has state k, action -k and reward k % 2, for k from `first` on."""
+    """Transition k has state k, action -k and reward k % 2, for k from `first` on."""
     states = np.arange(first, first + length + 1, dtype=np.float32)[:, None]
     terminations = np.zeros(length, bool)
     terminations[-1] = terminated
@@ -16,7 +16,7 @@ def make_episode(first: int, length: int, terminated: bool = True) -> Episode:
 
 
 def make_buffer(offline: list[Episode], sparse: bool = True, **settings) -> ReplayBuffer:
-    """Rows that no episode has filled yet are NaN, so that a sample of one shows."""
+    """What no episode has filled yet is NaN, so that a sample of it shows."""
     buffer = ReplayBuffer(offline, Args(**settings), sparse, torch.device("cpu"))
     for column in buffer.columns:
         column[buffer.num_offline :] = torch.nan
@@ -24,7 +24,7 @@ def make_buffer(offline: list[Episode], sparse: bool = True, **settings) -> Repl
 
 
 def sample_states(buffer: ReplayBuffer, batch_size: int = 1000) -> list[float]:
-    """The states of a batch; offline rows are numbered from 0 and online rows from 100 in these tests."""
+    """The states of a batch; offline states are below 100 and online ones from 100 on in these tests."""
     return buffer.sample(batch_size).observations[:, 0].tolist()
 
 
@@ -68,12 +68,12 @@ def test_tail_of_an_episode_cut_off(sparse, expected):
 
 
 def test_columns():
-    """One row's entries stand side by side, also across the seam of two episodes and for online rows."""
+    """One transition's entries stand side by side, also across the seam of two episodes and for online ones."""
     settings = dict(reward_scale=10.0, reward_bias=-5.0, gamma=0.5, buffer_size=9)
     buffer = make_buffer([make_episode(0, 2), make_episode(10, 2, terminated=False)], **settings)
     buffer.add(make_episode(100, 2))
-    rows = zip(*(column[:6].flatten().tolist() for column in buffer.columns), strict=True)
-    assert list(rows) == [
+    transitions = zip(*(column[:6].flatten().tolist() for column in buffer.columns), strict=True)
+    assert list(transitions) == [
         # state, action, reward, next state, termination, return
         (0, 0, -5, 1, 0, -2.5),
         (1, -1, 5, 2, 1, 5),
@@ -84,7 +84,7 @@ def test_columns():
     ]
 
 
-def test_only_filled_rows_are_sampled():
+def test_only_what_is_filled_is_sampled():
     buffer = make_buffer([make_episode(0, 3)], buffer_size=8)
     assert all(column.isfinite().all() for column in buffer.sample(2000))
     for first, length in [(100, 1), (101, 4), (105, 6)]:
@@ -94,7 +94,7 @@ def test_only_filled_rows_are_sampled():
         assert batch.observations.min() == 0 and batch.observations.max() == first + length - 1
 
 
-def test_oldest_online_rows_are_overwritten():
+def test_oldest_online_transitions_are_overwritten():
     buffer = make_buffer([make_episode(0, 3)], buffer_size=5, gamma=0.9)
     buffer.add(make_episode(100, 4))
     buffer.add(make_episode(104, 3))
@@ -103,12 +103,12 @@ def test_oldest_online_rows_are_overwritten():
     assert set(sample_states(buffer)) == {0, 1, 2, 104, 105, 106, 107, 108}
 
     long = make_episode(200, 8)
-    buffer.add(long)  # longer than the ring: its last five rows, with their own returns
+    buffer.add(long)  # longer than the ring: its last five transitions, with their own returns
     assert set(sample_states(buffer)) == {0, 1, 2, 203, 204, 205, 206, 207}
     batch, returns = buffer.sample(1000), monte_carlo_returns(long.rewards, long.terminations, 0.9, 0.0)
     online = batch.observations[:, 0] >= 200
-    rows = batch.observations[online, 0].int() - 200
-    assert torch.equal(batch.mc_returns[online], torch.from_numpy(returns)[rows])
+    steps = batch.observations[online, 0].int() - 200
+    assert torch.equal(batch.mc_returns[online], torch.from_numpy(returns)[steps])
 
 
 @pytest.mark.parametrize("batch_size", [7, 16])
@@ -121,24 +121,24 @@ def test_mixing_ratio(mixing_ratio, batch_size):
         assert count_offline(buffer, batch_size) == int(batch_size * mixing_ratio)
 
 
-def test_mixing_ratio_of_minus_one_follows_the_rows():
+def test_mixing_ratio_of_minus_one_follows_what_is_there():
     buffer = make_buffer([make_episode(0, 30)], mixing_ratio=-1, buffer_size=60)
     for length, share in [(10, 30 / 40), (20, 30 / 60), (30, 30 / 90), (30, 30 / 90)]:  # the ring is full at last
         buffer.add(make_episode(100, length))
         assert count_offline(buffer, 180) == int(180 * share)
 
 
-def test_sampling_is_uniform_within_both_parts():
+def test_sampling_is_uniform_within_both_parts_and_with_replacement():
     buffer = make_buffer([make_episode(0, 4)], mixing_ratio=0.25, buffer_size=10)
     buffer.add(make_episode(100, 6))
     torch.manual_seed(0)
     sampled = sample_states(buffer, 40_000)
-    for rows, expected in [(range(4), 2_500), (range(100, 106), 5_000)]:
-        assert all(sampled.count(row) == pytest.approx(expected, rel=0.1) for row in rows)
+    for states, expected in [(range(4), 2_500), (range(100, 106), 5_000)]:
+        assert all(sampled.count(state) == pytest.approx(expected, rel=0.1) for state in states)
 
 
 def test_state_dict_round_trip():
-    """The same samples under the same seed, and the next episode overwrites the same rows."""
+    """The same samples under the same seed, and the next episode overwrites the same transitions."""
     offline = [make_episode(0, 3)]
     buffer, restored = (make_buffer(offline, buffer_size=5) for _ in range(2))
     for first, length in [(100, 4), (104, 3)]:
@@ -153,8 +153,16 @@ def test_state_dict_round_trip():
         assert all(map(torch.equal, *batches))
 
 
-def test_state_dict_holds_no_more_than_the_online_rows():
+def test_state_dict_holds_no_more_than_the_online_transitions():
     """A view would be saved with the whole replay behind it, at every checkpoint."""
     buffer = make_buffer([make_episode(0, 50)], buffer_size=1000)
     buffer.add(make_episode(100, 3))
-    assert all(rows.untyped_storage().nbytes() == rows.nbytes for rows in buffer.state_dict()["online"])
+    online = buffer.state_dict()["online"]
+    assert len(online[0]) == 3
+    assert all(column.untyped_storage().nbytes() == column.nbytes for column in online)
+
+
+def test_replay_of_another_dataset_is_refused():
+    state = make_buffer([make_episode(0, 3)], buffer_size=5).state_dict()
+    with pytest.raises(InputError, match="the dataset has changed"):
+        make_buffer([make_episode(0, 4)], buffer_size=5).load_state_dict(state)

@@ -1,8 +1,7 @@
-"""The scripts repeat each other on purpose: what they share is the same to the letter, what differs is listed here."""
+"""The scripts repeat each other on purpose: what they share is the same to the letter, and each runs alone."""
 
 import ast
 import difflib
-import importlib
 import os
 import re
 import shutil
@@ -13,155 +12,179 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CHAIN = ["sac_offline_data.py", "cql_continuous.py", "cal_ql_continuous.py", "cal_ql_pixels.py"]
-# What may differ between a script and the next of the chain, by the name of the class, function or table.
-MAY_DIFFER = {
-    ("sac_offline_data.py", "cql_continuous.py"): {
-        "Args", "DOMAINS", "CHANGEABLE", "parse_args", "check_args", "Agent", "Noise", "draw_noise", "bellman_target",
-        "critic_losses", "update", "roll_out", "play", "probe", "train",
-    },
-    ("cql_continuous.py", "cal_ql_continuous.py"): {"critic_losses"},
-    ("cal_ql_continuous.py", "cal_ql_pixels.py"): {
-        "Args", "DOMAINS", "Task", "TASKS", "check_args", "Episode", "open_dataset", "make_env", "load_episodes",
-        "Batch", "ReplayBuffer", "Actor", "Agent", "Noise", "draw_noise", "update", "roll_out", "start_worker", "play",
-        "probe", "train",
-    },
-}
-# What the next script leaves out of the one before, and what it adds.
-LEFT_OUT = {"cal_ql_pixels.py": {"antmaze", "to_state"}}
-ADDED = {
-    "cal_ql_pixels.py": {
-        "from collections.abc import Iterator",
-        "Observation", "find_boxes", "check_space", "to_observation", "Encoder", "shift_frames",
+SCRIPTS = [
+    "cal_ql_continuous.py",
+    "cql_continuous.py",
+    "sac_offline_data.py",
+]
+STATEMENT = "q_next, q_pi = torch.maximum(q_next, mc_return), torch.maximum(q_pi, mc_return)"
+BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
+# Common sections of the main file that a script leaves out, or has a version of its own of: none here.
+LEFT_OUT: dict[str, set[str]] = {}
+# Classes and functions of the main file that each script has its own version of; all others are the same to the letter.
+RIVAL = {"Args", "Actor", "Critic", "Agent", "update", "probe"}
+OWN = {
+    "cql_continuous.py": {"update"},
+    "sac_offline_data.py": {"Args", "Agent", "update", "probe"},
+    "cal_ql_pixels.py": {"Args", "Agent", "update", "probe", "load_episodes", "ReplayBuffer", "TaskEnv", "make_env"},
+    "baselines/iql_continuous.py": RIVAL,
+    "baselines/awac_continuous.py": RIVAL,
+    "baselines/td3_bc_continuous.py": RIVAL,
+    "baselines/odt_continuous.py": {
+        *("Args", "Agent", "update", "ReplayBuffer", "play_episode", "evaluate", "train", "parse_args")
     },
 }
 
 
-def source(name: str) -> str:
+def read(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-def top_level(name: str) -> dict[str, str]:
-    """The text of every top-level definition and statement after the module's docstring, comments inside included."""
-    text, parts = source(name), {}
-    for node in ast.parse(text).body[1:]:
-        target = getattr(node, "target", None) or (node.targets[0] if isinstance(node, ast.Assign) else None)
-        label = getattr(node, "name", None) or (ast.unparse(target) if target else ast.unparse(node))
-        parts[label] = ast.get_source_segment(text, node)
-    return parts
+def sync(root: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, root / "tools/sync.py", *flags], capture_output=True, text=True)
 
 
-def changed_lines(first: str, second: str) -> int:
-    """Lines that `diff first second | grep -c '^[<>]'` counts."""
-    result = subprocess.run(["diff", ROOT / first, ROOT / second], capture_output=True, text=True)
-    return sum(line[0] in "<>" for line in result.stdout.splitlines())
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A folder with copies of the scripts and of sync.py, in step even where the originals are not."""
+    for name in [*SCRIPTS, "tools/sync.py"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert sync(tmp_path).returncode == 0
+    return tmp_path
+
+
+def definitions(name: str) -> dict[str, str]:
+    """The text of every top-level class and function, decorators included."""
+    lines, texts = read(name).splitlines(), {}
+    for node in ast.parse(read(name)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            texts[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return texts
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_is_not_a_scripts_own_is_the_main_files_to_the_letter(name):
+    ours, main = definitions(name), definitions("cal_ql_continuous.py")
+    assert {part for part in ours.keys() & main.keys() if ours[part] != main[part]} == OWN[name]
+
+
+def test_every_script_is_listed():
+    found = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]}
+    assert found == {"cal_ql_continuous.py", *OWN}
+
+
+def test_common_sections_are_the_same_to_the_letter():
+    result = sync(ROOT, "--check")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_the_common_sections(name):
+    """A lost banner, or one no longer called common, would exempt a section from the check above."""
+    names = [section for section in BANNER.findall(read(SCRIPTS[0])) if section not in LEFT_OUT.get(name, ())]
+    assert len(names) >= 4
+    assert BANNER.findall(read(name)) == names
+
+
+@pytest.mark.parametrize("place", ["first section", "last section", "end of file"])
+@pytest.mark.parametrize("name", SCRIPTS[1:])
+def test_check_names_an_altered_section_and_sync_restores_it(copy, name, place):
+    original = (copy / name).read_text()
+    banners = list(BANNER.finditer(original))
+    banner = banners[0] if place == "first section" else banners[-1]
+    position = len(original) if place == "end of file" else banner.end() + 1
+    altered = original[:position] + "    # altered\n" + original[position:]
+    (copy / name).write_text(altered)
+    result = sync(copy, "--check")
+    assert result.returncode == 1 and result.stdout == f"{name}: section '{banner[1]}' differs\n"
+    assert (copy / name).read_text() == altered
+    assert sync(copy).returncode == 0
+    assert (copy / name).read_text() == original
+
+
+def test_a_change_of_the_main_file_reaches_the_others_but_an_algorithm_stays(copy):
+    main, sac = copy / "cal_ql_continuous.py", copy / "sac_offline_data.py"
+    before = sac.read_text()
+    main.write_text(main.read_text().replace("SIGNALS: list[int] = []", "SIGNALS: list[int] = list()"))
+    sac.write_text(before.replace("td_loss.sum().backward()", "td_loss.mean().backward()"))
+    assert sync(copy, "--check").returncode == 1
+    assert sync(copy).returncode == 0 and sync(copy, "--check").returncode == 0
+    expected = before.replace("SIGNALS: list[int] = []", "SIGNALS: list[int] = list()")
+    assert sac.read_text() == expected.replace("td_loss.sum().backward()", "td_loss.mean().backward()") != before
+
+
+def test_sync_refuses_a_section_that_the_main_file_does_not_have(copy):
+    (copy / "baselines").mkdir()
+    (copy / "baselines/other.py").write_text("# --- Rewards (common) ---------\nscale = 1\n")
+    for flags in ([], ["--check"]):
+        result = sync(copy, *flags)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert "baselines/other.py" in result.stderr and "'Rewards (common)'" in result.stderr
 
 
 def test_cal_ql_is_cql_and_one_statement():
-    cal_ql, cql = (ast.parse(source(name)) for name in ("cal_ql_continuous.py", "cql_continuous.py"))
+    cal_ql, cql = (ast.parse(read(name)) for name in ("cal_ql_continuous.py", "cql_continuous.py"))
     cal_ql.body, cql.body = cal_ql.body[1:], cql.body[1:]  # the docstrings
     ours, theirs = (ast.unparse(tree).splitlines() for tree in (cal_ql, cql))
-    assert [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"] == [
-        "+     q_ood = torch.maximum(q_ood, floor)"
-    ]
-
-
-@pytest.mark.parametrize("first, second", MAY_DIFFER)
-def test_shared_parts_are_the_same_to_the_letter(first, second):
-    ours, theirs = top_level(first), top_level(second)
-    left_out, added = LEFT_OUT.get(second, set()), ADDED.get(second, set())
-    # The same parts in the same order, but for those.
-    assert [name for name in ours if name not in left_out] == [name for name in theirs if name not in added]
-    assert left_out == ours.keys() - theirs.keys() and added == theirs.keys() - ours.keys()
-    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == MAY_DIFFER[first, second]
-
-
-def test_the_masked_maximum_is_the_same_line():
-    statement = "    q_ood = torch.maximum(q_ood, floor)"
-    assert [source(name).splitlines().count(statement) for name in CHAIN] == [0, 0, 1, 1]
-
-
-def test_scripts_import_neither_each_other_nor_a_shared_module():
-    for name in CHAIN:
-        imported = {
-            alias.name if isinstance(node, ast.Import) else node.module
-            for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.Import | ast.ImportFrom)
-            for alias in node.names
-        }
-        assert not {module for module in imported if (ROOT / f"{module.split('.')[0]}.py").exists()}
-
-
-def test_readme_states_the_size_of_each_diff_and_the_one_statement():
-    readme = source("README.md")
-    for first, second in MAY_DIFFER:
-        assert f"| `{first}` → `{second}` | {changed_lines(first, second)} |" in readme
-    # The statement and the line before it stand in the README as they stand in the file.
-    statement = re.search(r"```diff\n(.*?)```", readme, re.S).group(1)
-    for line in statement.splitlines():
-        assert line[1:] in source("cal_ql_continuous.py").splitlines()
-        assert (line[1:] in source("cql_continuous.py").splitlines()) == (line[0] == " ")
-
-
-def dry_run(group: str, *options: str) -> list[str]:
-    command = ["bash", str(ROOT / "benchmark.sh"), group, "--dry-run", *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-
-
-def test_every_benchmark_command_parses_with_its_script():
-    commands = dry_run("all", "--seeds", "2")
-    assert len(commands) == len(set(commands))
-    for line in commands:
-        python, script, *flags = line.split()
-        assert python == "python"
-        args = importlib.import_module(Path(script).stem).parse_args(flags)
-        assert args.seed in (1, 2)
-    for group, tasks, algorithms in (("antmaze", 4, 6), ("kitchen", 3, 6), ("adroit", 3, 6), ("figure8", 2, 2)):
-        assert len(dry_run(group, "--seeds", "3")) == tasks * algorithms * 3
-    assert dry_run("adroit", "--algos", "cql_sac", "--seeds", "1", "--", "--online-steps", "5")[0] == (
-        "python cql_continuous.py --env-id pen-binary --seed 1 --online-cql-weight 0 --online-steps 5"
+    difference = [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"]
+    assert difference == [f"+         {ast.unparse(ast.parse(STATEMENT))}"]
+    # Of the comments, only the one over the regulariser may differ.
+    ours, theirs = (
+        read(name).split('"""', 2)[2].splitlines() for name in ("cal_ql_continuous.py", "cql_continuous.py")
     )
+    difference = [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"]
+    assert [line[:7] for line in difference] == ["-     #", "+     #", "+      "] and STATEMENT in difference[2]
 
 
-@pytest.mark.parametrize("arguments", ["nowhere", "antmaze --algos dqn", "all --seeds 0", "antmaze --x", "all --seeds"])
-def test_benchmark_refuses_bad_input_in_one_sentence(arguments):
-    command = ["bash", str(ROOT / "benchmark.sh"), *arguments.split()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
+def test_sac_has_no_setting_of_cql():
+    (args,) = (node for node in ast.parse(read("sac_offline_data.py")).body if getattr(node, "name", "") == "Args")
+    settings = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+    assert "backup_entropy" in settings
+    left = [name for name in settings if re.search("cql|gap|importance|num_actions", name)]
+    assert not left
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short_enough_to_read(name):
+    lines = read(name).splitlines()
+    assert len(lines) <= 750
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+    functions = [node for node in ast.walk(ast.parse(read(name))) if isinstance(node, ast.FunctionDef)]
+    assert {"train", "update"} <= {node.name for node in functions}
+    for node in functions:
+        assert node.end_lineno - node.lineno + 1 <= 90, f"{node.name} has too many lines"
+        nested = [inner for inner in ast.walk(node) if isinstance(inner, ast.FunctionDef) and inner is not node]
+        assert len(nested) <= 3, f"{node.name} has too many functions inside"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_neither_each_other_nor_a_shared_module(name):
+    imported = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.walk(ast.parse(read(name)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert not {module for module in imported if (ROOT / f"{module.split('.')[0]}.py").exists()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_copied_alone_helps_and_fails_well(name, tmp_path):
+    (tmp_path / "minari").mkdir()
+    script = Path(shutil.copy(ROOT / name, tmp_path)).name
+    environment = {**os.environ, "MINARI_DATASETS_PATH": str(tmp_path / "minari")}
+    environment.pop("PYTHONPATH", None)
+
+    def run(*flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-B", script, *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    result = run("--help")
+    assert result.returncode == 0 and "antmaze-large-diverse" in result.stdout and not result.stderr
+    result = run("--env-id", "cal-ql/none/here-v0")
+    assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-
-
-FAKE_SCRIPT = """
-import pathlib, sys
-run = pathlib.Path("runs/one")
-if "--resume" in sys.argv:
-    print("resumed", sys.argv[2])
-elif "--fail" in sys.argv:
-    sys.exit(1)
-else:
-    run.mkdir(parents=True)
-    (run / "checkpoint.pt").touch()
-    print(f"run: {run} on cpu")
-    sys.exit(143)
-"""
-
-
-def test_benchmark_resumes_an_interrupted_run_and_leaves_out_a_finished_one(tmp_path):
-    shutil.copy(ROOT / "benchmark.sh", tmp_path)
-    (tmp_path / "fake.py").write_text(FAKE_SCRIPT)
-
-    def run_one(extra: str = "") -> tuple[int, str]:
-        command = ["bash", "benchmark.sh", "run-one", f"python fake.py --env-id task --seed 1{extra}"]
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        result = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PATH": path}
-        )
-        return result.returncode, result.stdout + result.stderr
-
-    code, output = run_one()
-    assert code == 1 and "exit code 143" in output and list(tmp_path.glob("runs/logs/*.failed"))
-    code, output = run_one()
-    assert code == 0 and "resumed runs/one" in output and not list(tmp_path.glob("runs/logs/*.failed"))
-    code, output = run_one()
-    assert code == 0 and output.startswith("finished before: ")
-    code, output = run_one(" --fail")
-    assert code == 1 and "--fail (exit code 1" in output
+    assert "cal-ql/none/here-v0" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "minari"])  # no half-made run

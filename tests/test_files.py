@@ -146,7 +146,7 @@ def test_dry_run_prints_commands_that_parse():
 def test_flags_of_the_second_quick_start_parse():
     block = re.findall(r'(?m)^UMAZE_FLAGS\+?="(.*)"$', (ROOT / "benchmark.sh").read_text())
     args = script.parse_args(["--env-id", "antmaze-umaze", *" ".join(block).split()])
-    assert args.critic_layers != script.task_defaults("antmaze-umaze").critic_layers
+    assert args.num_actions != script.task_defaults("antmaze-umaze").num_actions
 
 
 def test_flags_reach_the_command_as_they_are():

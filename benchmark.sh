@@ -29,7 +29,8 @@ GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 an
            figure8                    narrow against broad data, on pick-place
            pick-place                 the quick start's comparison
            all                        all of these
-OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd
+OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd, iql, awac, o3f,
+                         td3_bc, odt
            --seeds N     seeds 1 to N of each (default 6, as in the paper)
            --workers K   runs at a time (default 1); they share one GPU, or the CPU's cores
            --dry-run     print one command a line and do nothing else
@@ -76,6 +77,8 @@ command_of() {
     sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
     sac_offline_data) echo "python sac_offline_data.py $run --mixing-ratio -1" ;;
     hybrid_rl) echo "python sac_offline_data.py $run" ;;
+    iql | awac | td3_bc | odt) echo "python baselines/$1_continuous.py $run" ;;
+    o3f) echo "python baselines/iql_continuous.py $run --optimistic-actions 100" ;;
     cal_ql_utd20) echo "python cal_ql_continuous.py $run $high_utd --num-target-critics 2" ;;
     rlpd) # target entropy -dim(A)/2; one target critic in AntMaze, two elsewhere, as in RLPD's own commands
       local critics=2
@@ -90,11 +93,11 @@ command_of() {
 
 # commands GROUP ALGOS SEEDS: the commands of a group, one a line; empty ALGOS take the group's own.
 commands_of() {
-  local six="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl" tasks algos group
+  local nine="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl,iql,awac,o3f" tasks algos group
   case "$1" in
-    antmaze) tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play" algos=$six ;;
-    kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$six ;;
-    adroit) tasks="pen-binary door-binary relocate-binary" algos=$six ;;
+    antmaze) tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play" algos=$nine,odt ;;
+    kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$nine ;;
+    adroit) tasks="pen-binary door-binary relocate-binary" algos=$nine ;;
     visual)
       [[ ",${2:-cal_ql}," == *,cal_ql,* ]] || die "group visual has the algorithm cal_ql alone."
       set -- visual cal_ql "$3"
@@ -105,7 +108,7 @@ commands_of() {
       tasks+=" kitchen-mixed kitchen-complete pen-binary door-binary relocate-binary" algos=cal_ql,cal_ql_utd20,rlpd
       ;;
     figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
-    pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data ;;
+    pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data,iql,awac,o3f,td3_bc,odt ;;
     all)
       for group in antmaze kitchen adroit $([[ ",${2:-cal_ql}," == *,cal_ql,* ]] && echo visual) figure7 figure8 pick-place; do
         commands_of "$group" "$2" "$3"

@@ -138,7 +138,7 @@ def test_dry_run_prints_commands_that_parse():
     assert len(lines) > 60 and len(set(lines)) == len(lines)
     for line in lines:
         python, path, *flags = shlex.split(line)
-        module = importlib.import_module(Path(path).stem)
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         args = module.parse_args(flags)
         assert python == "python" and args.seed == 1 and args.env_id in module.TASKS, line
 

@@ -64,6 +64,7 @@ ALGORITHMS = {
     "sac": "SAC",
     "cal_ql_utd20": "Cal-QL at UTD 20",
     "iql": "IQL",
+    "o3f": "O3F",
     "awac": "AWAC",
     "td3_bc": "TD3+BC",
     "odt": "ODT",
@@ -164,6 +165,8 @@ def name_algorithm(script: str, config: dict) -> str:
         if config.get("num_critics") == 10:
             return "RLPD"
         label = {-1: label, 0: "SAC"}.get(config.get("mixing_ratio", -1), "Hybrid RL")
+    elif config.get("optimistic_actions", 1) > 1:
+        label = "O3F"
     elif config.get("online_cql_factor") == 0 and config.get("cql_weight"):
         label += "+SAC"
     return f"{label} at UTD {ratio}" if ratio != usual else label

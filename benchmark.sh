@@ -24,7 +24,7 @@ They use the active virtual environment or conda environment; without one they m
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
-           visual                     visual manipulation, on a task of ours; cal_ql alone
+           visual                     visual manipulation, on a task of ours: cal_ql, cql, cql_sac
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
            pick-place                 the quick start's comparison
@@ -68,10 +68,13 @@ install() {
 command_of() {
   local run="--env-id $2 --seed $3"
   local high_utd="--num-critics 10 --critic-layer-norm --actor-reduce mean --utd-ratio 20 --actor-interval 20"
-  case "$1" in
-    cal_ql)
-      if [ "$2" = pick-place-pixels ]; then echo "python cal_ql_pixels.py $run"; else echo "python cal_ql_continuous.py $run"; fi
-      ;;
+  local algo="$1"
+  if [ "$2" = pick-place-pixels ]; then algo="$1_pixels"; fi
+  case "$algo" in
+    cal_ql_pixels) echo "python cal_ql_pixels.py $run" ;;
+    cql_pixels) echo "python baselines/cql_pixels.py $run" ;;
+    cql_sac_pixels) echo "python baselines/cql_pixels.py $run --online-cql-factor 0" ;;
+    cal_ql) echo "python cal_ql_continuous.py $run" ;;
     cql) echo "python cql_continuous.py $run" ;;
     cql_sac) echo "python cql_continuous.py $run --online-cql-factor 0" ;;
     sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
@@ -87,7 +90,7 @@ command_of() {
         "--actor-layers 256 256 256 --critic-layers 256 256 256 --target-entropy-scale -0.5 --no-backup-entropy" \
         "--random-steps 5000"
       ;;
-    *) die "unknown algorithm $1; see ./benchmark.sh --help." ;;
+    *) die "unknown algorithm $algo; see ./benchmark.sh --help." ;;
   esac
 }
 
@@ -99,9 +102,10 @@ commands_of() {
     kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$nine ;;
     adroit) tasks="pen-binary door-binary relocate-binary" algos=$nine ;;
     visual)
-      [[ ",${2:-cal_ql}," == *,cal_ql,* ]] || die "group visual has the algorithm cal_ql alone."
-      set -- visual cal_ql "$3"
-      tasks=pick-place-pixels
+      tasks=pick-place-pixels algos=cal_ql,cql,cql_sac
+      for algo in ${2//,/ }; do
+        [[ ",$algos," == *",$algo,"* ]] || die "group visual has the algorithms $algos alone."
+      done
       ;;
     figure7)
       tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play kitchen-partial"
@@ -110,9 +114,12 @@ commands_of() {
     figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
     pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data,iql,awac,o3f,td3_bc,odt ;;
     all)
-      for group in antmaze kitchen adroit $([[ ",${2:-cal_ql}," == *,cal_ql,* ]] && echo visual) figure7 figure8 pick-place; do
-        commands_of "$group" "$2" "$3"
-      done | awk '!seen[$0]++' # groups overlap
+      {
+        for group in antmaze kitchen adroit figure7 figure8 pick-place; do commands_of "$group" "$2" "$3"; done
+        for algo in cal_ql cql cql_sac; do # those of visual that are asked for
+          if [[ ",${2:-$algo}," == *",$algo,"* ]]; then commands_of visual "$algo" "$3"; fi
+        done
+      } | awk '!seen[$0]++' # groups overlap
       return
       ;;
     *) die "unknown group $1; see ./benchmark.sh --help." ;;

@@ -180,7 +180,7 @@ def test_run_one_runs_a_line_as_it_was_printed(tmp_path):
     ["antmaze", "--seeds", "0", "--dry-run"],
     ["antmaze", "--workers", "-1", "--dry-run"],
     ["antmaze", "--nonsense"],
-    ["visual", "--algos", "cql", "--dry-run"],
+    ["visual", "--algos", "cql,iql", "--dry-run"],
     ["run-one"],
     ["run-one", "a", "b"],
     ["run-one", "touch x"],

@@ -23,10 +23,12 @@ BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
 LEFT_OUT: dict[str, set[str]] = {}
 # Classes and functions of the main file that each script has its own version of; all others are the same to the letter.
 RIVAL = {"Args", "Actor", "Critic", "Agent", "update", "probe"}
+PIXELS = {"Args", "Agent", "update", "probe", "load_episodes", "ReplayBuffer", "TaskEnv", "make_env"}
 OWN = {
     "cql_continuous.py": {"update"},
     "sac_offline_data.py": {"Args", "Agent", "update", "probe"},
-    "cal_ql_pixels.py": {"Args", "Agent", "update", "probe", "load_episodes", "ReplayBuffer", "TaskEnv", "make_env"},
+    "cal_ql_pixels.py": PIXELS,
+    "baselines/cql_pixels.py": PIXELS,
     "baselines/iql_continuous.py": RIVAL,
     "baselines/awac_continuous.py": RIVAL,
     "baselines/td3_bc_continuous.py": RIVAL,
@@ -124,16 +126,18 @@ def test_sync_refuses_a_section_that_the_main_file_does_not_have(copy):
         assert "baselines/other.py" in result.stderr and "'Rewards (common)'" in result.stderr
 
 
-def test_cal_ql_is_cql_and_one_statement():
-    cal_ql, cql = (ast.parse(read(name)) for name in ("cal_ql_continuous.py", "cql_continuous.py"))
+PAIRS = [("cal_ql_continuous.py", "cql_continuous.py"), ("cal_ql_pixels.py", "baselines/cql_pixels.py")]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_cal_ql_is_cql_and_one_statement(pair):
+    cal_ql, cql = (ast.parse(read(name)) for name in pair)
     cal_ql.body, cql.body = cal_ql.body[1:], cql.body[1:]  # the docstrings
     ours, theirs = (ast.unparse(tree).splitlines() for tree in (cal_ql, cql))
     difference = [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"]
     assert difference == [f"+         {ast.unparse(ast.parse(STATEMENT))}"]
     # Of the comments, only the one over the regulariser may differ.
-    ours, theirs = (
-        read(name).split('"""', 2)[2].splitlines() for name in ("cal_ql_continuous.py", "cql_continuous.py")
-    )
+    ours, theirs = (read(name).split('"""', 2)[2].splitlines() for name in pair)
     difference = [line for line in difflib.ndiff(theirs, ours) if line[0] in "+-"]
     assert [line[:7] for line in difference] == ["-     #", "+     #", "+      "] and STATEMENT in difference[2]
 

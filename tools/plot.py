@@ -48,6 +48,7 @@ SCRIPTS = {
     "cal_ql_continuous": "Cal-QL",
     "cal_ql_pixels": "Cal-QL",
     "cql_continuous": "CQL",
+    "cql_pixels": "CQL",
     "sac_offline_data": "SAC + offline data",
     "iql_continuous": "IQL",
     "awac_continuous": "AWAC",
@@ -159,7 +160,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 def name_algorithm(script: str, config: dict) -> str:
     """The algorithm that a script ran with these settings; {} where config.json is missing."""
-    usual = 5 if script == "cal_ql_pixels" else 1
+    usual = 5 if script in ("cal_ql_pixels", "cql_pixels") else 1
     label, ratio = SCRIPTS.get(script, script), config.get("utd_ratio", usual)
     if script == "sac_offline_data":
         if config.get("num_critics") == 10:

@@ -320,7 +320,7 @@ STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observat
 def open_dataset(dataset_id: str) -> minari.MinariDataset:
     """Opens a Minari dataset, downloading it where it is missing. Raises InputError where that fails."""
     path, ours = minari.storage.get_dataset_path(dataset_id), dataset_id.startswith("cal-ql/")
-    remedy = "make it with a script in the folder `collect`" if ours else f"run `minari download {dataset_id}`"
+    remedy = "the Cal-QL repository's `collect` makes it" if ours else f"run `minari download {dataset_id}`"
     try:
         if not ours and not (path / "data").exists():
             print(f"{dataset_id} is not at {path}: downloading it ...", flush=True)

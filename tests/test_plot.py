@@ -170,6 +170,18 @@ def test_runs_that_have_just_begun(tmp_path):
     assert cells(folder) == {("pick-place", "Cal-QL"): ["-", "-", "-", "0", "1"]}
 
 
+def test_an_algorithm_without_q_has_its_score_drawn(tmp_path):
+    """ODT has no critic and IQL no bound rate: those columns are NaN from the first line to the last."""
+    run = write(tmp_path, "pick-place__odt_continuous__1__10", [0, 0.2], [0.4, 0.6])
+    table = plot.pd.read_csv(run / "eval.csv").assign(mean_q=np.nan, bound_rate=np.nan)
+    table.to_csv(run / "eval.csv", index=False, na_rep="nan")
+    groups = plot.read_runs([str(tmp_path)])
+    assert groups["pick-place"]["ODT"][0].rows.mean_q.isna().all()
+    scores, values, rates = plot.draw_calibration(groups).axes[:3]
+    drawn = [[line for line in ax.lines if len(line.get_xdata()) == 4] for ax in (scores, values, rates)]
+    assert [len(lines) for lines in drawn] == [1, 1, 0]  # of the values the mean return alone
+
+
 def test_later_run_counts(tmp_path, capsys):
     folder = tmp_path / "runs"
     write(folder, "pick-place__cal_ql_continuous__1__9", [0.1], [0.2])
@@ -195,7 +207,7 @@ NAME = "a__b__1__2"
     (NAME, HEADER + "offline,0,0,high,1,1,1,1,1,1\n", "line 2: score is 'high'"),
     (NAME, HEADER + "offline,0,0,nan,1,nan,1,1,1,1\n", "line 2: score is 'nan'"),
     (NAME, HEADER + "offline,0,0,,1,nan,1,1,1,1\n", "line 2: score is ''"),
-    (NAME, HEADER + "offline,0,0,1,1,nan,nan,1,1,1\n", "line 2: mean_q is 'nan'"),
+    (NAME, HEADER + FIRST + "offline,100,0,1,1,nan,nan,1,1,1\n", "line 3: mean_q is 'nan'"),
     (NAME, HEADER + "offline,0,0,1,1,nan,1,1,inf,1\n", "line 2: bound_rate is 'inf'"),
     (NAME, HEADER + "offline,0,0,1,1,-inf,1,1,1,1\n", "line 2: regret is '-inf'"),
     (NAME, HEADER + FIRST.replace("offline", "sideways"), "every phase"),

@@ -136,7 +136,9 @@ def read_table(path: Path, columns: list[str], text: tuple[str, ...]) -> pd.Data
     table = pd.DataFrame(lines[1:], columns=columns)
     for column in (name for name in columns if name not in text):
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
-        missing = (column == "regret") & (table[column] == "nan")  # offline, and where no success is told
+        # Regret is NaN offline and where no success is told; an algorithm may have no Q or no bound rate at all.
+        may_miss = column == "regret" or (column in ("mean_q", "bound_rate") and (table[column] == "nan").all())
+        missing = may_miss & (table[column] == "nan")
         wrong = np.flatnonzero(~np.isfinite(values) & ~missing)
         if len(wrong):
             cell = table[column][wrong[0]]
@@ -495,7 +497,8 @@ def draw_calibration(groups: Groups, peers: Peers | None = None) -> Figure:
             ]:
                 ys = [factor * run.rows[column].to_numpy() for run in runs]
                 curves = list(zip([run.finished for run in runs], xs, ys, strict=True))
-                draw_seeds(ax, curves, lambda v: (v.min(0), v.max(0)), color=colours[name], **style)
+                if np.isfinite(np.concatenate(ys)).any():
+                    draw_seeds(ax, curves, lambda v: (v.min(0), v.max(0)), color=colours[name], **style)
         if unit == 100:
             draw_peers(scores, peers, task, list(algorithms), "offline", max(updates, 1), -1)
             draw_peers(scores, peers, task, list(algorithms), "online", max(steps, 1))

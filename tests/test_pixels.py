@@ -621,7 +621,7 @@ def test_a_ring_too_large_for_the_memory_is_refused(capsys):
 
 
 def test_absent_dataset_names_its_collector(capsys):
-    check_refused([], capsys, "cal-ql/pick-place/pixels-v0", "folder `collect`")
+    check_refused([], capsys, "cal-ql/pick-place/pixels-v0", "repository's `collect` makes it")
 
 
 def test_missing_gl_names_the_packages(capsys, monkeypatch):

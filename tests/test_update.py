@@ -415,7 +415,7 @@ class TestGraph:
         results = []
         for captured in (True, False):
             agent, step = make_cuda_step(captured)
-            before = [parameter.clone() for parameter in agent.parameters()]
+            before = [parameter.detach().clone() for parameter in agent.parameters()]
             losses = [step(make_cuda_batch(k))["losses/qf_loss"].item() for k in range(100)]
             assert not any(map(torch.equal, before, agent.parameters()))
             results.append((losses, [parameter.detach().clone() for parameter in agent.parameters()]))

@@ -70,7 +70,7 @@ def test_help_shows_each_task_and_its_settings(capsys, tmp_path, monkeypatch):
     assert all(name in printed for name in script.TASKS)
 
 
-@pytest.mark.parametrize("tool", ["plot", "report", "bench", "export"])
+@pytest.mark.parametrize("tool", ["plot", "report", "bench"])
 def test_tools_run_from_anywhere(tmp_path, tool):
     command = [sys.executable, ROOT / "tools" / f"{tool}.py", "--help"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

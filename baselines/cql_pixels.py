@@ -677,10 +677,8 @@ def train(args: Args) -> None:
         if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
             sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
         if evaluation_due:
-            progress.rows.append(
-                evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
-            )
-            row = progress.rows[-1]
+            row = evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            progress.rows.append(row)
             log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
             lines = [row.keys(), *(row.values() for row in progress.rows)]

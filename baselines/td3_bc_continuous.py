@@ -354,6 +354,8 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
     low, high = np.quantile(np.concatenate([episode.actions for episode in episodes]), [0.01, 0.99], axis=0)  # [A]
     print(f"data: {len(episodes)} episodes, {sum(bool(episode.rewards.max() > 0) for episode in episodes)} with reward "
           f"> 0; actions fill {np.mean(high - low) / 2:.0%} of their box, {clipped:.2%} clipped")  # fmt: skip
+    if task.domain == "kitchen":
+        print("episodes with 0, 1, ... tasks done at once:", *np.bincount([int(e.rewards.max()) for e in episodes]))
     return episodes
 
 
@@ -638,10 +640,8 @@ def train(args: Args) -> None:
         if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
             sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
         if evaluation_due:
-            progress.rows.append(
-                evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
-            )
-            row = progress.rows[-1]
+            row = evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            progress.rows.append(row)
             log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
             lines = [row.keys(), *(row.values() for row in progress.rows)]

@@ -55,9 +55,11 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     resume: str | None = None  # folder of a run to continue; step totals, intervals, device, threads, track may change
+    init_from: str | None = None  # folder of a run whose offline phase this one starts after, with its settings
     track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
     offline_steps: int = 500_000  # gradient updates of the offline phase
     online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
+    warmup_steps: int = 0  # those of them that come before the first online update, completed to whole episodes
     offline_eval_interval: int = 50_000  # updates between two evaluations offline
     online_eval_interval: int = 5_000  # environment steps between two evaluations online
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
@@ -515,10 +517,7 @@ SIGNALS: list[int] = []  # SIGINT or SIGTERM that arrived: the run saves and sto
 def on_signal(number: int, _frame) -> None:
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print(
-        "\nstopping after this update (online: after this episode and its updates); once more stops at once",
-        file=sys.stderr,
-    )
+    print("\nstopping after this update, or this episode and its updates; once more stops at once", file=sys.stderr)
 
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
@@ -547,24 +546,35 @@ def open_logs(run: Path, args: Args, step: int) -> SummaryWriter:
     return writer
 
 
-def read_checkpoint(run: str) -> dict:
+def read_checkpoint(run: str, name: str = "checkpoint.pt") -> dict:
     """Reads a run's checkpoint. Raises InputError where there is none, it is damaged, or another script wrote it."""
-    path = Path(run) / "checkpoint.pt"
+    path = Path(run) / name
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-        raise InputError(f"--resume {run!r}: {path} is missing or damaged; name the folder of a run that saved one.")
+        raise InputError(f"{path} is missing or damaged; name the folder of a run that saved one.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["script"] != Path(__file__).name:
-        raise InputError(f"{run} was made by {checkpoint['script']}; resume it with that script.")
+        raise InputError(f"{run} was made by {checkpoint['script']}; go on from it with that script.")
     return checkpoint
 
 
-def restore(checkpoint: dict, **parts) -> SimpleNamespace:
-    """Puts all parts of a run back to where the checkpoint was written, and returns how far that was."""
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    for group in parts["optimizer"].param_groups:  # loaded too, but of the device that the checkpoint was written on
-        group["capturable"] = parts["buffer"].device.type == "cuda"
+def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer) -> SimpleNamespace:
+    """Puts a run's parts where --resume or --init-from begins, and returns how far that is. Raises InputError."""
+    progress = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
+    if args.resume is None and args.init_from is None:
+        return progress
+    checkpoint = read_checkpoint(args.resume) if args.resume else read_checkpoint(args.init_from, "offline.pt")
+    groups = optimizer.state_dict()["param_groups"]  # learning rates and what depends on the device are this run's
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    except RuntimeError as error:
+        differing = str(error).splitlines()[1].strip()
+        raise InputError(f"{args.resume or args.init_from} has other networks than this run: {differing}") from error
+    if args.resume is None:  # all else begins anew, after the offline updates
+        progress.updates = progress.offline_updates = checkpoint["progress"]["updates"]
+        return progress
+    buffer.load_state_dict(checkpoint["buffer"])
     torch.set_rng_state(checkpoint["rng"][0])
     torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
     return SimpleNamespace(**checkpoint["progress"])
@@ -593,29 +603,28 @@ def train(args: Args) -> None:
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
 
     # With networks, online transitions and random state, `progress` is all that resuming needs.
-    progress = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
     parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
-    run = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}".replace("/", "-"))
-    if args.resume is not None:
-        run, progress = Path(args.resume), restore(read_checkpoint(args.resume), **parts)
+    progress = restore(args, **parts)
+    name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}".replace("/", "-")
+    run = Path(args.resume or f"runs/{name}")
     writer = open_logs(run, args, progress.offline_updates + progress.env_steps)
     print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     began, saved = time.time() - progress.wall_time, time.time()
     bar = tqdm(total=args.offline_steps + args.online_steps, initial=progress.offline_updates + progress.env_steps)
 
-    def log(scalars: dict) -> None:
-        """Logs over offline updates and, from the switch on, environment steps that have been learned from."""
-        bar.n = progress.offline_updates + (progress.updates - progress.offline_updates) // args.utd_ratio
+    def log(scalars: dict, behind: int = 0) -> None:
+        """Logs over offline updates and, from the switch on, environment steps less those still to be learned from."""
+        bar.n = progress.offline_updates + progress.env_steps - behind
         bar.refresh()
         for name, value in scalars.items():
             writer.add_scalar(name, value, bar.n)
 
-    def train_step(online: bool) -> None:
+    def train_step(online: bool, behind: int = 0) -> None:
         progress.updates += 1
         progress.offline_updates += not online
         metrics = steps[online, progress.updates % args.actor_interval == 0](buffer.sample(args.batch_size))
         if progress.updates % (100 * args.utd_ratio) == 0:
-            log(metrics)
+            log(metrics, behind)
 
     def pause(evaluation_due: bool) -> None:
         """Evaluates if due; saves after that, every ten minutes and at a signal. The run's state is whole here."""
@@ -625,10 +634,8 @@ def train(args: Args) -> None:
         if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
             sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
         if evaluation_due:
-            progress.rows.append(
-                evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
-            )
-            row = progress.rows[-1]
+            row = evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            progress.rows.append(row)
             log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
             lines = [row.keys(), *(row.values() for row in progress.rows)]
@@ -647,6 +654,8 @@ def train(args: Args) -> None:
     while progress.env_steps == 0 and progress.updates < args.offline_steps:
         train_step(online=False)
         pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)
+    if progress.env_steps == 0 and progress.updates > 0:  # for --init-from: online, checkpoints replace each other
+        (run / "offline.pt").write_bytes((run / "checkpoint.pt").read_bytes())
 
     # Phase 2: online fine-tuning, one whole episode and then the updates for it; nothing is reinitialised.
     while progress.env_steps < args.online_steps:
@@ -655,8 +664,8 @@ def train(args: Args) -> None:
         buffer.add(episode)
         length, evaluated = len(episode.rewards), progress.env_steps // args.online_eval_interval
         progress.episodes, progress.env_steps = progress.episodes + 1, progress.env_steps + length
-        for _ in range(length * args.utd_ratio):
-            train_step(online=True)
+        for left in reversed(range(length * args.utd_ratio if progress.env_steps >= args.warmup_steps else 0)):
+            train_step(online=True, behind=left // args.utd_ratio)
         log({"charts/episodic_return": episode.rewards.sum(), "charts/episodic_length": length})
         pause(progress.env_steps // args.online_eval_interval > evaluated or progress.env_steps >= args.online_steps)
 
@@ -664,15 +673,18 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-PROTOCOL_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
+FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
+PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
 PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line on top of the task's settings or, with --resume, of the run's. Raises InputError."""
+    """Reads the command line on top of the task's settings or, to go on from a run, of the run's. Raises InputError."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     given = {} if first.resume is None else read_checkpoint(first.resume)["args"]
     defaults = Args(**given) if given else task_defaults(first.env_id)
+    if first.init_from is not None and first.resume is None:
+        defaults = Args(**read_checkpoint(first.init_from, "offline.pt")["args"] | {"resume": None})
     table = [f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in SETTINGS.items()]
     args = tyro.cli(Args, default=defaults, args=argv, description="\n\n".join([f"Tasks: {', '.join(TASKS)}.", *table]))
     for name, value in vars(args).items():

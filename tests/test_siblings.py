@@ -17,7 +17,7 @@ SCRIPTS = [
     "cql_continuous.py",
     "sac_offline_data.py",
 ]
-STATEMENT = "q_next, q_pi = torch.maximum(q_next, mc_return), torch.maximum(q_pi, mc_return)"
+STATEMENT = "q_next, q_pi = torch.maximum(q_next, v_mu), torch.maximum(q_pi, v_mu)"
 BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
 # Common sections of the main file that a script leaves out, or has a version of its own of: none here.
 LEFT_OUT: dict[str, set[str]] = {}

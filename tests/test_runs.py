@@ -29,7 +29,7 @@ NAMES = ["cal_ql_continuous", "cql_continuous", "sac_offline_data"]
 TINY = """--env-id pick-place --episode-length 5 --offline-steps 200 --online-steps 15 --offline-eval-interval 80
 --online-eval-interval 8 --eval-episodes 2 --utd-ratio 2 --actor-interval 2 --buffer-size 12 --actor-layers 8
 --critic-layers 8 --batch-size 8 --device cpu --reward-bias -2""".split()
-COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate wall_time".split()
+COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate action_error wall_time".split()
 
 
 @pytest.fixture(scope="session")

@@ -147,8 +147,7 @@ class Actor(nn.Module):
 
     def sample(self, observations: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k actions for each state [B, k, A] and their log-densities [B, k], for observations [B, O]."""
-        mean, log_std = self(observations)
-        mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+        mean, log_std = (parameter.unsqueeze(1) for parameter in self(observations))
         noise = torch.randn(len(mean), k, mean.shape[2], device=mean.device, dtype=mean.dtype)
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -167,12 +166,11 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(0.0))
         self.log_cql_alpha = nn.Parameter(torch.tensor(1.0))
-        self.v_mu = None
-        if args.reference_value == "learned":  # one critic that sees no action
-            self.v_mu = Critic(obs_dim, 0, dataclasses.replace(args, num_critics=1))
+        learned = args.reference_value == "learned"  # then V^mu is one critic, which sees no action
+        self.v_mu = Critic(obs_dim, 0, dataclasses.replace(args, num_critics=1)) if learned else None
 
     def reference_value(self, batch: Batch) -> torch.Tensor:
-        """V^mu(s) [B, 1], the floor: the transition's Monte-Carlo return, or what `prepare` has learned from all."""
+        """V^mu(s) [B, 1], the floor: the transition's Monte-Carlo return, or what was learned from all of them."""
         if self.v_mu is None:
             return batch.mc_returns.unsqueeze(1)
         return self.v_mu(batch.observations, batch.actions[:, None, :0])[0]
@@ -224,7 +222,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
     # Conservative regulariser; the bound rate says how far Q falls below V^mu(s), where Cal-QL has its floor.
     if cql_weight:
-        v_mu = agent.reference_value(batch).detach()
+        v_mu = agent.reference_value(batch).detach()  # [B, 1]
         metrics["calibration/bound_rate"] = (torch.cat([q_next, q_pi], dim=2) < v_mu).float().mean()
         if args.importance_sampling:  # each sampled action is weighted by one over its density
             z = [q_uniform - action_dim * math.log(0.5), q_next - next_log_prob, q_pi - pi_log_prob]
@@ -502,9 +500,9 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
     """The data's environment or the user's, set to the task; its spaces alone, if none is named. Raises InputError."""
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
-        importlib.import_module("collect.pick_place" if task.domain == "pick-place" else "gymnasium_robotics")
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec, box = dataset.env_spec, dataset.action_space
+        importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         if online_env is not None:
             gym.register("online-env-v0", entry_point=online_env)
             spec = gym.spec("online-env-v0")
@@ -663,9 +661,7 @@ def train(args: Args) -> None:
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
-    if (
-        datasets[-1].env_spec is None and args.online_env is None
-    ):  # evaluate with every tenth episode, held out for that
+    if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:
             raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
         held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
@@ -679,8 +675,7 @@ def train(args: Args) -> None:
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
 
-    # With networks, online transitions and random state, `progress` is all that resuming needs.
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}  # with `progress`, all that resuming needs
     progress = restore(args, **parts)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
     run = Path(args.resume or f"runs/{name}")
@@ -747,9 +742,8 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
-PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
-PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
+RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -766,7 +760,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

@@ -147,8 +147,7 @@ class Actor(nn.Module):
 
     def sample(self, observations: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k actions for each state [B, k, A] and their log-densities [B, k], for observations [B, O]."""
-        mean, log_std = self(observations)
-        mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+        mean, log_std = (parameter.unsqueeze(1) for parameter in self(observations))
         noise = torch.randn(len(mean), k, mean.shape[2], device=mean.device, dtype=mean.dtype)
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -241,22 +240,17 @@ def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
 # Of domains and tasks, from the paper's appendices G and H and the authors' code; pick-place, intervals online: ours.
 SETTINGS: dict[str, dict] = {
     "every task": dict(offline_steps=0),
-    "antmaze": dict(
-        critic_layers=(256, 256, 256, 256), reward_scale=10.0, reward_bias=-5.0, online_steps=1_000_000,
-        online_eval_interval=20_000),
-    "adroit": dict(
-        actor_layers=(512, 512), critic_layers=(512, 512, 512), reward_scale=10.0, reward_bias=-5.0,
-        online_steps=1_000_000, episode_length=200),
+    "antmaze": dict(critic_layers=(256, 256, 256, 256), reward_scale=10.0, reward_bias=-5.0, online_steps=1_000_000,
+                    online_eval_interval=20_000),
+    "adroit": dict(actor_layers=(512, 512), critic_layers=(512, 512, 512), reward_scale=10.0, reward_bias=-5.0,
+                   online_steps=1_000_000, episode_length=200),
     "pen-binary": dict(online_steps=300_000, episode_length=100),
-    "kitchen": dict(
-        actor_layers=(512, 512, 512), critic_layers=(512, 512, 512), mixing_ratio=0.25, online_steps=1_250_000,
-        online_eval_interval=10_000, episode_length=280),
-    "pick-place": dict(
-        threads=1, gamma=0.96, batch_size=128, critic_layer_norm=True, reward_scale=11.0, reward_bias=-1.0,
-        online_steps=7_000, online_eval_interval=500, eval_episodes=40),
+    "kitchen": dict(actor_layers=(512, 512, 512), critic_layers=(512, 512, 512), mixing_ratio=0.25,
+                    online_steps=1_250_000, online_eval_interval=10_000, episode_length=280),
+    "pick-place": dict(threads=1, gamma=0.96, batch_size=128, critic_layer_norm=True, reward_scale=11.0,
+                       reward_bias=-1.0, online_steps=7_000, online_eval_interval=500, eval_episodes=40),
 }  # fmt: skip
-# The limits of these settings, where they are not those of a positive number.
-LIMITS = dict(random_steps=(0, 2**62), target_entropy_scale=(-1e9, 1e9))
+LIMITS = dict(random_steps=(0, 2**62), target_entropy_scale=(-1e9, 1e9))  # where not those of a positive number
 
 
 # --- Tasks (common) ---------------------------------------------------------------------------------------------------
@@ -472,9 +466,9 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
     """The data's environment or the user's, set to the task; its spaces alone, if none is named. Raises InputError."""
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
-        importlib.import_module("collect.pick_place" if task.domain == "pick-place" else "gymnasium_robotics")
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec, box = dataset.env_spec, dataset.action_space
+        importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         if online_env is not None:
             gym.register("online-env-v0", entry_point=online_env)
             spec = gym.spec("online-env-v0")
@@ -633,9 +627,7 @@ def train(args: Args) -> None:
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
-    if (
-        datasets[-1].env_spec is None and args.online_env is None
-    ):  # evaluate with every tenth episode, held out for that
+    if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:
             raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
         held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
@@ -649,8 +641,7 @@ def train(args: Args) -> None:
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
 
-    # With networks, online transitions and random state, `progress` is all that resuming needs.
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}  # with `progress`, all that resuming needs
     progress = restore(args, **parts)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
     run = Path(args.resume or f"runs/{name}")
@@ -717,9 +708,8 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
-PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
-PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
+RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -736,7 +726,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

@@ -492,9 +492,9 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
     """The data's environment or the user's, set to the task; its spaces alone, if none is named. Raises InputError."""
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
-        importlib.import_module("collect.pick_place" if task.domain == "pick-place" else "gymnasium_robotics")
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec, box = dataset.env_spec, dataset.action_space
+        importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         if online_env is not None:
             gym.register("online-env-v0", entry_point=online_env)
             spec = gym.spec("online-env-v0")
@@ -653,9 +653,7 @@ def train(args: Args) -> None:
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
-    if (
-        datasets[-1].env_spec is None and args.online_env is None
-    ):  # evaluate with every tenth episode, held out for that
+    if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:
             raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
         held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
@@ -669,8 +667,7 @@ def train(args: Args) -> None:
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
 
-    # With networks, online transitions and random state, `progress` is all that resuming needs.
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}  # with `progress`, all that resuming needs
     progress = restore(args, **parts)
     name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
     run = Path(args.resume or f"runs/{name}")
@@ -737,9 +734,8 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
-PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
-PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
+RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -756,7 +752,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

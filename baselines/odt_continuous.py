@@ -449,9 +449,9 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
     """The data's environment or the user's, set to the task; its spaces alone, if none is named. Raises InputError."""
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
-        importlib.import_module("collect.pick_place" if task.domain == "pick-place" else "gymnasium_robotics")
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec, box = dataset.env_spec, dataset.action_space
+        importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         if online_env is not None:
             gym.register("online-env-v0", entry_point=online_env)
             spec = gym.spec("online-env-v0")
@@ -698,7 +698,7 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-PROTOCOL_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
+RUN_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -713,7 +713,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if not new and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

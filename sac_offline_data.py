@@ -470,7 +470,7 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
         importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
         gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         if online_env is not None:
-            gym.register("online-env-v0", entry_point=online_env)
+            gym.register("online-env-v0", entry_point=online_env if ":" in online_env else f"{online_env}:make")
             spec = gym.spec("online-env-v0")
         if spec is None:
             env = gym.Env()

@@ -509,7 +509,7 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
         gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec = dataset.env_spec
         if online_env is not None:
-            gym.register("online-env-v0", entry_point=online_env)
+            gym.register("online-env-v0", entry_point=online_env if ":" in online_env else f"{online_env}:make")
             spec = gym.spec("online-env-v0")
         if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
             raise ValueError(f"{spec and spec.id} is not registered here, or needs wrappers")

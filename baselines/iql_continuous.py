@@ -58,14 +58,17 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     resume: str | None = None  # folder of a run to continue; step totals, intervals, device, threads, track may change
+    init_from: str | None = None  # folder of a run whose offline phase this one starts after, with its settings
     track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
     offline_steps: int = 500_000  # gradient updates of the offline phase
     online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
+    warmup_steps: int = 0  # of them, how many come before the first online update, completed to whole episodes
     offline_eval_interval: int = 50_000  # updates between two evaluations offline
     online_eval_interval: int = 5_000  # environment steps between two evaluations online
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
     eval_async: bool = False  # play each of them in a process of its own, instead of all in this one
     episode_length: int = 0  # time limit of an episode in steps; 0 keeps the environment's own
+    online_env: str | None = None  # module:function that makes the environment, instead of the one that the data names
     reward_scale: float = 1.0  # rewards are multiplied by this ...
     reward_bias: float = 0.0  # ... and this is added
     buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
@@ -487,16 +490,24 @@ class TaskEnv(gym.Wrapper):
         return self.state(observation), float(reward), terminated, truncated, {"score": score}
 
 
-def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> gym.Env:
-    """The environment of the data, set to the task. Raises InputError where it cannot be made."""
+def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, online_env: str | None = None) -> gym.Env:
+    """The data's environment or the user's, set to the task; its spaces alone, if none is named. Raises InputError."""
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
-        importlib.import_module("collect.pick_place" if task.domain == "pick-place" else "gymnasium_robotics")
         spec, box = dataset.env_spec, dataset.action_space
-        if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
-            raise ValueError(f"{spec and spec.id} is not registered here, or needs wrappers")
+        importlib.import_module("collect.pick_place" if spec and spec.id[:7] == "cal-ql/" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
+        if online_env is not None:
+            gym.register("online-env-v0", entry_point=online_env if ":" in online_env else f"{online_env}:make")
+            spec = gym.spec("online-env-v0")
+        if spec is None:
+            env = gym.Env()
+            env.observation_space, env.action_space = dataset.observation_space, box
+            return TaskEnv(env, task, box)
+        if spec.id not in gym.registry or spec.additional_wrappers:
+            raise ValueError(f"{spec.id} is not registered here, or needs wrappers (--online-env)")
         kwargs = dict(spec.kwargs, max_episode_steps=episode_length or spec.max_episode_steps)
-        if task.domain == "antmaze":
+        if task.domain == "antmaze" and online_env is None:
             # The maze of the data itself (Minari's evaluation maps are mirrored for umaze), with one start and goal.
             maze = [[int(cell == 1) for cell in row] for row in kwargs["maze_map"]]
             for (row, column), letter in zip(task.cells, "rg", strict=True):
@@ -504,18 +515,20 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> 
                     raise ValueError(f"cell {(row, column)} of its maze is a wall")
                 maze[row][column] = letter
             kwargs |= {"maze_map": maze, "continuing_task": False, "reset_target": False}
-        elif task.domain == "kitchen":
+        elif task.domain == "kitchen" and online_env is None:
             kwargs |= {"remove_task_when_completed": False, "terminate_on_tasks_completed": False}
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         env = gym.make(spec.id, disable_env_checker=True, **kwargs)
-        if env.action_space.shape != box.shape or env.spec.max_episode_steps is None:
-            raise ValueError("its actions differ from the data's, or it has no time limit (--episode-length)")
+        sizes = [(gym.spaces.flatdim(each.observation_space), each.action_space.shape) for each in (env, dataset)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"its observations and actions have sizes {sizes[0]}, the data's {sizes[1]}")
+        if env.spec.max_episode_steps is None:
+            raise ValueError("it has no time limit (--episode-length)")
         if task.domain == "antmaze":
             env.unwrapped.position_noise_range = 0.0  # start and goal at their cells' centres ...
             env.unwrapped.ant_env._reset_noise_scale = 0.1  # ... but no two starts alike, as in D4RL
         return TaskEnv(env, task, box)
     except Exception as error:  # no such module, a specification that does not fit
-        raise InputError(f"{dataset.id}'s environment cannot be made: {error}.") from error
+        raise InputError(f"{online_env or dataset.id}'s environment cannot be made: {error}.") from error
 
 
 @torch.no_grad()
@@ -534,24 +547,28 @@ def play_episode(env: gym.Env, agent: Agent, seed: int, device: torch.device) ->
 
 
 @torch.no_grad()
-def evaluate(envs: gym.vector.VectorEnv, agent: Agent, buffer: ReplayBuffer, progress, args: Args) -> dict:
-    """A row of eval.csv: one episode in each environment with the deterministic policy, and `probe`."""
-    seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(envs.num_envs).tolist()
-    states, _ = envs.reset(seed=seeds)
-    scores, returns, live = np.zeros(len(seeds)), np.zeros(len(seeds)), np.ones(len(seeds), bool)
-    while live.any():
-        actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
-        states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
-        scores[live] = np.maximum(scores, infos["score"])[live]
-        returns[live] += rewards[live]
-        live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
+def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuffer, progress, args: Args) -> dict:
+    """A row of eval.csv: one episode in each environment with the deterministic policy, and what the buffer tells."""
+    scores = returns = np.array([math.nan])
+    if envs is not None:
+        seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(envs.num_envs).tolist()
+        states, _ = envs.reset(seed=seeds)
+        scores, returns, live = np.zeros(len(seeds)), np.zeros(len(seeds)), np.ones(len(seeds), bool)
+        while live.any():
+            actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
+            states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+            scores[live] = np.maximum(scores, infos["score"])[live]
+            returns[live] += rewards[live]
+            live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
     score = float(returns.mean() if np.isnan(scores).any() else scores.mean())
     phase = "online" if progress.env_steps else "offline"
     online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
     regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        values = probe(agent, buffer.sample(4 * args.batch_size), args)
+        batch = buffer.sample(4 * args.batch_size)
+        values = probe(agent, batch, args)
+        values["action_error"] = (agent.act(batch.observations, explore=False) - batch.actions).abs().mean().item()
     row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
     return row | {"return": float(returns.mean()), "regret": regret, **values}
 
@@ -563,10 +580,7 @@ SIGNALS: list[int] = []  # SIGINT or SIGTERM that arrived: the run saves and sto
 def on_signal(number: int, _frame) -> None:
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print(
-        "\nstopping after this update (online: after this episode and its updates); once more stops at once",
-        file=sys.stderr,
-    )
+    print("\nstopping after this update, or this episode and its updates; once more stops at once", file=sys.stderr)
 
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
@@ -579,6 +593,8 @@ def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
         raise OSError(f"cannot write {partial}: {str(error).splitlines()[0]}") from error
     with partial.open("ab") as file:  # its digest goes after the end, where torch.load does not look
         file.write(hashlib.sha256(partial.read_bytes()).hexdigest().encode())
+    if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
+        (run / "offline.pt").write_bytes(partial.read_bytes())
     os.replace(partial, run / "checkpoint.pt")
 
 
@@ -595,26 +611,33 @@ def open_logs(run: Path, args: Args, step: int) -> SummaryWriter:
     return writer
 
 
-def read_checkpoint(run: str) -> dict:
+def read_checkpoint(run: str, name: str = "checkpoint.pt") -> dict:
     """Reads a run's checkpoint. Raises InputError where there is none, it is damaged, or another script wrote it."""
-    path = Path(run) / "checkpoint.pt"
+    path = Path(run) / name
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-        raise InputError(f"--resume {run!r}: {path} is missing or damaged; name the folder of a run that saved one.")
+        raise InputError(f"{path} is missing or damaged; name the folder of a run that saved one.")
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["script"] != Path(__file__).name:
-        raise InputError(f"{run} was made by {checkpoint['script']}; resume it with that script.")
+        raise InputError(f"{run} was made by {checkpoint['script']}; go on from it with that script.")
     return checkpoint
 
 
-def restore(checkpoint: dict, **parts) -> SimpleNamespace:
-    """Puts all parts of a run back to where the checkpoint was written, and returns how far that was."""
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
-    for group in parts["optimizer"].param_groups:  # loaded too, but of the device that the checkpoint was written on
-        group["capturable"] = parts["buffer"].device.type == "cuda"
-    torch.set_rng_state(checkpoint["rng"][0])
-    torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
+def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer) -> SimpleNamespace:
+    """Puts a run's parts to where --resume or --init-from begins, if there is one, and returns how far that is."""
+    if args.resume is None and args.init_from is None:
+        return SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
+    checkpoint = read_checkpoint(args.resume) if args.resume else read_checkpoint(args.init_from, "offline.pt")
+    groups = optimizer.state_dict()["param_groups"]  # learning rates and what depends on the device are this run's
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    except RuntimeError as error:
+        raise InputError(f"--init-from: its networks are others: {str(error).splitlines()[1].strip()}") from error
+    if args.resume is not None:  # else there is no online transition yet, and the draws are this run's own
+        buffer.load_state_dict(checkpoint["buffer"])
+        torch.set_rng_state(checkpoint["rng"][0])
+        torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
     return SimpleNamespace(**checkpoint["progress"])
 
 
@@ -627,11 +650,17 @@ def train(args: Args) -> None:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     task = find_task(args.env_id)
     datasets = [open_dataset(dataset_id) for dataset_id in task.datasets]
-    make_one_env = functools.partial(make_env, datasets[-1], task, args.episode_length)
+    make_one_env = functools.partial(make_env, datasets[-1], task, args.episode_length, args.online_env)
     env = make_one_env()
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
-    buffer = ReplayBuffer(load_episodes(datasets, task, env), args, task.domain != "any other", device)
+    episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
+    if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
+        if args.online_steps > 0 or len(episodes) < 2:
+            raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
+        held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
+        eval_envs, episodes = None, [episode for k, episode in enumerate(episodes) if k % 10 != 1]
+    buffer = ReplayBuffer(episodes, args, sparse, device)
     torch.manual_seed(args.seed)
     agent = Agent(*env.observation_space.shape, *env.action_space.shape, args).to(device)
     optimizer = agent.prepare(buffer, args)
@@ -640,30 +669,28 @@ def train(args: Args) -> None:
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
 
-    # With networks, online transitions and random state, `progress` is all that resuming needs.
-    progress = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
-    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
-    run = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}".replace("/", "-"))
-    if args.resume is not None:
-        run, progress = Path(args.resume), restore(read_checkpoint(args.resume), **parts)
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}  # with `progress`, all that resuming needs
+    progress = restore(args, **parts)
+    name = f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}"
+    run = Path(args.resume or f"runs/{name}")
     writer = open_logs(run, args, progress.offline_updates + progress.env_steps)
     print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
     began, saved = time.time() - progress.wall_time, time.time()
     bar = tqdm(total=args.offline_steps + args.online_steps, initial=progress.offline_updates + progress.env_steps)
 
-    def log(scalars: dict) -> None:
-        """Logs over offline updates and, from the switch on, environment steps that have been learned from."""
-        bar.n = progress.offline_updates + (progress.updates - progress.offline_updates) // args.utd_ratio
+    def log(scalars: dict, behind: int = 0) -> None:
+        """Logs over offline updates and, from the switch on, environment steps less those still to be learned from."""
+        bar.n = progress.offline_updates + progress.env_steps - behind
         bar.refresh()
         for name, value in scalars.items():
             writer.add_scalar(name, value, bar.n)
 
-    def train_step(online: bool) -> None:
+    def train_step(online: bool, behind: int = 0) -> None:
         progress.updates += 1
         progress.offline_updates += not online
         metrics = steps[online, progress.updates % args.actor_interval == 0](buffer.sample(args.batch_size))
         if progress.updates % (100 * args.utd_ratio) == 0:
-            log(metrics)
+            log(metrics, behind)
 
     def pause(evaluation_due: bool) -> None:
         """Evaluates if due; saves after that, every ten minutes and at a signal. The run's state is whole here."""
@@ -673,7 +700,7 @@ def train(args: Args) -> None:
         if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
             sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
         if evaluation_due:
-            row = evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            row = evaluate(eval_envs, agent, held_out or buffer, progress, args) | {"wall_time": time.time() - began}
             progress.rows.append(row)
             log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
@@ -688,8 +715,7 @@ def train(args: Args) -> None:
             sys.exit(128 + SIGNALS[0])
 
     # Phase 1: offline pre-training, from the evaluation at update 0 to the one at the switch.
-    if not progress.rows:
-        pause(evaluation_due=True)
+    pause(evaluation_due=not progress.rows)
     while progress.env_steps == 0 and progress.updates < args.offline_steps:
         train_step(online=False)
         pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)
@@ -701,8 +727,8 @@ def train(args: Args) -> None:
         buffer.add(episode)
         length, evaluated = len(episode.rewards), progress.env_steps // args.online_eval_interval
         progress.episodes, progress.env_steps = progress.episodes + 1, progress.env_steps + length
-        for _ in range(length * args.utd_ratio):
-            train_step(online=True)
+        for left in reversed(range(length * args.utd_ratio if progress.env_steps >= args.warmup_steps else 0)):
+            train_step(online=True, behind=left // args.utd_ratio)
         log({"charts/episodic_return": episode.rewards.sum(), "charts/episodic_length": length})
         pause(progress.env_steps // args.online_eval_interval > evaluated or progress.env_steps >= args.online_steps)
 
@@ -710,21 +736,25 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-PROTOCOL_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
-PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
+RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Reads the command line on top of the task's settings or, with --resume, of the run's. Raises InputError."""
+    """Reads the command line on top of the task's settings or, to go on from a run, of the run's. Raises InputError."""
     first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     given = {} if first.resume is None else read_checkpoint(first.resume)["args"]
     defaults = Args(**given) if given else task_defaults(first.env_id)
+    if first.init_from is not None and first.resume is None:
+        defaults = Args(**read_checkpoint(first.init_from, "offline.pt")["args"] | {"resume": None, "online_env": None})
+    if given.get("online_env") not in (None, first.online_env):  # or a stranger's checkpoint could run any code
+        raise InputError(f"this run was made with --online-env {given['online_env']}: repeat that.")
     table = [f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in SETTINGS.items()]
     args = tyro.cli(Args, default=defaults, args=argv, description="\n\n".join([f"Tasks: {', '.join(TASKS)}.", *table]))
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

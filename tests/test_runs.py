@@ -1,5 +1,6 @@
 """Whole runs, tiny ones, of each script: what they write, how they stop and go on, what they say to bad input."""
 
+import copy
 import dataclasses
 import hashlib
 import importlib
@@ -15,21 +16,24 @@ import sys
 import types
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch
 import wandb
+from minari.data_collector import EpisodeBuffer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
-from collect import pick_place
+from collect import from_run, pick_place
 
 NAMES = ["cal_ql_continuous", "cql_continuous", "sac_offline_data"]
 # 200 updates with evaluations at 0, 80, 160 and 200, then 3 episodes of 5 steps with two updates a step.
 TINY = """--env-id pick-place --episode-length 5 --offline-steps 200 --online-steps 15 --offline-eval-interval 80
 --online-eval-interval 8 --eval-episodes 2 --utd-ratio 2 --actor-interval 2 --buffer-size 12 --actor-layers 8
 --critic-layers 8 --batch-size 8 --device cpu --reward-bias -2""".split()
-COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate wall_time".split()
+COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate action_error wall_time".split()
 
 
 @pytest.fixture(scope="session")
@@ -492,6 +496,416 @@ def test_a_run_moves_from_cpu_to_gpu(script, runs, monkeypatch):
     assert start(script, "--resume", str(run), "--device", "cuda") == 0
     assert int(table(run)[-1]["env_steps"]) == 15 and read(run)["progress"]["updates"] == 230
     assert start(script, "--resume", str(run), "--device", "cpu", "--online-steps", "20") == 0
+
+
+# ---- From the offline phase of another run ---------------------------------------------------------------------------
+
+
+def test_offline_phase_is_kept(whole):
+    """What --init-from starts from is the checkpoint at the switch, whole and with its rows."""
+    script, run = whole
+    kept = script.read_checkpoint(str(run), "offline.pt")
+    assert (kept["progress"]["updates"], kept["progress"]["env_steps"]) == (200, 0)
+    assert [row["updates"] for row in kept["progress"]["rows"]] == [0, 80, 160, 200]
+    assert not same(kept["agent"], read(run)["agent"])
+
+
+def test_online_phase_from_what_is_kept_is_that_of_the_run(whole, runs):
+    script, run = whole
+    copied = Path(shutil.copytree(run, runs / "copied"))
+    (copied / "offline.pt").replace(copied / "checkpoint.pt")
+    assert start(script, "--resume", str(copied)) == 0
+    check_equal(copied, run)
+
+
+def test_two_fine_tunings_of_one_pre_training(whole, runs, monkeypatch):
+    """Networks and Adam's moments are the pre-training's, learning rates, draws and all other settings their own."""
+    script, source = whole
+    kept, found = script.read_checkpoint(str(source), "offline.pt"), []
+    play = script.play_episode
+
+    def play_episode(env, agent, seed, device):
+        found.append(copy.deepcopy(agent.state_dict()))
+        return play(env, agent, seed, device)
+
+    monkeypatch.setattr(script, "play_episode", play_episode)
+    flags = "--critic-lr 0.01 --mixing-ratio 0 --gamma 0.5 --online-steps 10 --buffer-size 30".split()
+    for seed in ("1", "2", "2"):
+        assert start(script, "--init-from", str(source), "--seed", seed, *flags) == 0
+    one, two, again = sorted(runs.iterdir(), key=lambda run: run.stat().st_mtime)
+    assert same(found[0], kept["agent"]) and same(found[2], kept["agent"])
+    assert not same(read(one)["agent"], read(two)["agent"]) and same(read(two)["agent"], read(again)["agent"])
+    assert [row["updates"] for row in table(one)] == ["0", "80", "160", "200", "220"]
+    assert table(one)[:4] == table(source)[:4]
+    for run, seed in ((one, 1), (two, 2)):
+        args = read(run)["args"]
+        assert (args["seed"], args["gamma"], args["actor_layers"], args["init_from"]) == (seed, 0.5, (8,), str(source))
+        assert [group["lr"] for group in read(run)["optimizer"]["param_groups"]][1] == 0.01
+        assert read(run)["progress"]["offline_updates"] == 200
+        assert max(int(state["step"]) for state in read(run)["optimizer"]["state"].values()) == 220
+    assert not (one / "offline.pt").exists()
+
+
+def test_fine_tuning_resumes_without_its_source(whole, runs, monkeypatch):
+    script, source = whole
+    source = Path(shutil.copytree(source, runs / "source"))
+    flags = ["--init-from", str(source), "--seed", "5"]
+    assert start(script, *flags) == 0
+    (uninterrupted,) = {*runs.iterdir()} - {source}
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "update", at_call(3, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
+        assert start(script, *flags) == 143
+    (run,) = {*runs.iterdir()} - {source, uninterrupted}
+    shutil.rmtree(source)
+    assert start(script, "--resume", str(run)) == 0
+    check_equal(run, uninterrupted)
+
+
+@cal_ql_only
+def test_an_offline_phase_that_was_interrupted_is_completed(whole, runs, monkeypatch):
+    script, whole_run = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "update", at_call(70, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
+        assert start(script, *TINY) == 143
+    source = only(runs)
+    assert start(script, "--init-from", str(source), "--online-steps", "0") == 0
+    (run,) = {*runs.iterdir()} - {source}
+    assert [row["updates"] for row in table(run)] == ["0", "80", "160", "200"]
+    # Killed while this was written, a run has its former checkpoint, and writes it anew.
+    (run / "offline.pt").write_bytes((run / "offline.pt").read_bytes()[:-1])
+    assert start(script, "--init-from", str(run)) == 2
+
+
+@cal_ql_only
+@pytest.mark.parametrize("flags, message", [
+    ("--critic-layers 9", "critic.weights.0"), ("--actor-layers 8 8", "actor.net"),
+    ("--num-critics 3", "critic.weights"), ("--reference-value learned", "v_mu"),
+])  # fmt: skip
+def test_networks_of_other_shapes_are_refused(flags, message, finished, capsys):
+    script, run = finished
+    assert start(script, "--init-from", str(run), *flags.split()) == 2
+    line = error_line(capsys)
+    assert line.startswith("error: --init-from: ") and message in line
+    assert [*run.parent.iterdir()] == [run]
+
+
+@cal_ql_only
+def test_init_from_what_is_no_run(finished, runs, capsys):
+    script, run = finished
+    for folder in ("", "runs/nowhere"):
+        assert start(script, "--init-from", folder) == 2
+        assert "offline.pt is missing or damaged" in error_line(capsys)
+    assert start(importlib.import_module("cql_continuous"), "--init-from", str(run)) == 2
+    assert "cal_ql_continuous.py" in error_line(capsys)
+    assert start(script, "--resume", str(run), "--init-from", str(run)) == 2
+    assert "cannot change init_from" in error_line(capsys)
+
+
+@cal_ql_only
+def test_learned_reference_value_goes_with_the_run(whole, runs, monkeypatch):
+    """Fitted once: a run that is resumed, or starts from this one, has it from there, to the bit."""
+    script, fits = whole[0], []
+
+    class Recorded(tqdm):
+        def __init__(self, *args, **kwargs):
+            fits.extend(args[1:])
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(script, "tqdm", Recorded)
+    assert start(script, *TINY, "--reference-value", "learned") == 0
+    uninterrupted = only(runs)
+    kept = read(uninterrupted)["agent"]
+    assert fits == ["V^mu"]
+    shutil.copytree(uninterrupted, runs / "copied")
+    shutil.copy(uninterrupted / "offline.pt", runs / "copied/checkpoint.pt")
+    torch.manual_seed(99)
+    assert start(script, "--resume", str(runs / "copied")) == 0
+    check_equal(runs / "copied", uninterrupted)
+    assert start(script, "--init-from", str(uninterrupted), "--seed", "2") == 0
+    (run,) = {*runs.iterdir()} - {uninterrupted, runs / "copied"}
+    assert fits == ["V^mu"]
+    names = [name for name in kept if name.startswith("v_mu.")]
+    assert len(names) == 4 and all(torch.equal(read(run)["agent"][name], kept[name]) for name in names)
+
+
+def test_warm_up_and_no_offline_data(whole, runs, monkeypatch):
+    """Whole episodes of the frozen policy first, then updates from online transitions alone: WSRL's protocol."""
+    script, source = whole
+    update, add, learned, offline = script.update, script.ReplayBuffer.add, [], []
+
+    def recorded(agent, optimizer, args, online, with_actor, batch):
+        learned.append((played[0], batch.observations))
+        return update(agent, optimizer, args, online, with_actor, batch)
+
+    def add_episode(self, episode):
+        played[0] += 1
+        add(self, episode)
+        online = self.columns.observations[self.num_offline :][: self.num_online]
+        offline.append([rows for _, rows in learned if not (rows[:, None] == online).all(2).any(1).all()])
+
+    played = [0]
+    monkeypatch.setattr(script, "update", recorded)
+    monkeypatch.setattr(script.ReplayBuffer, "add", add_episode)
+    flags = "--mixing-ratio 0 --warmup-steps 8 --online-steps 20 --buffer-size 20 --online-eval-interval 5".split()
+    assert start(script, "--init-from", str(source), *flags) == 0
+    # Episodes of 5 steps and two updates a step: none after the first, as 5 steps are less than 8.
+    assert [episode for episode, _ in learned] == [2] * 10 + [3] * 10 + [4] * 10
+    assert not any(offline)
+    rows = table(only(runs))[4:]
+    assert [(row["env_steps"], row["updates"]) for row in rows] == [
+        ("5", "200"), ("10", "210"), ("15", "220"), ("20", "230")
+    ]  # fmt: skip
+    events = EventAccumulator(str(only(runs))).Reload()
+    assert [event.step for event in events.Scalars("eval/score")] == [205, 210, 215, 220]
+
+
+@pytest.mark.parametrize("ratio", ["0", "-1"])
+def test_offline_updates_with_no_share_for_offline_data(ratio, cal_ql, runs):
+    """Before there are online transitions all are offline ones, whatever the share."""
+    assert start(cal_ql, *TINY, "--mixing-ratio", ratio, "--warmup-steps", "1000", "--offline-steps", "10") == 0
+    assert read(only(runs))["progress"]["updates"] == 10 and table(only(runs))[-1]["env_steps"] == "15"
+
+
+# ---- Data without an environment, and an environment of the user's ---------------------------------------------------
+
+POINT = """
+import gymnasium
+import numpy
+
+
+class Point(gymnasium.Env):
+    observation_space = gymnasium.spaces.Dict({
+        "position": gymnasium.spaces.Box(-9, 9, (2,)), "goal": gymnasium.spaces.Box(-9, 9, (1,))})
+    action_space = gymnasium.spaces.Box(-0.5, 0.5, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.goal = numpy.zeros(2, numpy.float32), self.np_random.uniform(-2, 2, 1).astype("f")
+        return self.observe(), {}
+
+    def observe(self):
+        return {"position": self.position.copy(), "goal": self.goal}
+
+    def step(self, action):
+        assert abs(action).max() <= 0.5
+        self.position += action
+        done = bool(abs(self.position[0] - self.goal[0]) < 0.3)
+        return self.observe(), 2.0 * done, done, False, {"success": done}
+
+
+def make():
+    return gymnasium.wrappers.TimeLimit(Point(), 6)
+
+
+def endless():
+    return Point()
+
+
+def other():
+    return gymnasium.make("Pendulum-v1")
+"""
+WITHOUT = """--env-id mine/point-v0 --offline-steps 20 --offline-eval-interval 10 --actor-layers 8 --critic-layers 8
+--batch-size 8 --buffer-size 100 --device cpu --reward-scale 3 --reward-bias -1""".split()
+
+
+@pytest.fixture
+def point(tmp_path, monkeypatch):
+    """A module `robot`, and 21 episodes of it as a dataset that names no environment; gives the episodes."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "robot", raising=False)
+    (tmp_path / "robot.py").write_text(POINT)
+    env, buffers = importlib.import_module("robot").make(), []
+    env.action_space.seed(0)
+    for k in range(21):
+        states, steps, over = [env.reset(seed=k)[0]], [], False
+        while not over:
+            action = env.action_space.sample()
+            state, *rest, _ = env.step(action)
+            states.append(state), steps.append((action, *rest))
+            over = rest[1] or rest[2]
+        actions, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
+        observations = {key: np.array([state[key] for state in states]) for key in states[0]}
+        buffers.append(EpisodeBuffer(k, None, None, observations, actions, rewards, terminations, truncations))
+    spaces = dict(action_space=env.action_space, observation_space=env.observation_space)
+    minari.create_dataset_from_buffers("mine/point-v0", buffers, **spaces)
+    return buffers
+
+
+def test_data_without_an_environment(script, point, runs, monkeypatch):
+    """Every tenth episode is not trained on; evaluations are about these, and have no score."""
+    buffers, evaluate = [], script.evaluate
+
+    def record(envs, agent, buffer, progress, args):
+        row = evaluate(envs, agent, buffer, progress, args)
+        torch.manual_seed(args.seed)
+        batch = buffer.sample(4 * args.batch_size)
+        with torch.no_grad():
+            error = np.abs(torch.tanh(agent.actor(batch.observations)[0]).numpy() - batch.actions.numpy()).mean()
+        assert envs is None and row["action_error"] == pytest.approx(error, rel=1e-5)
+        buffers.append(buffer)
+        return row
+
+    monkeypatch.setattr(script, "evaluate", record)
+    assert start(script, *WITHOUT, "--offline-steps", "20", "--online-steps", "0") == 0
+    rows = table(only(runs))
+    assert [row["updates"] for row in rows] == ["0", "10", "20"]
+    for row in rows:
+        assert [name for name in row if row[name] == "nan"] == ["score", "return", "regret"]
+    held_out = [episode for k, episode in enumerate(point) if k % 10 == 1]
+    expected = np.concatenate([episode.actions for episode in held_out]) / 0.5
+    kept = buffers[0].columns.actions[: buffers[0].num_offline]
+    np.testing.assert_allclose(kept, expected.clip(-0.99999, 0.99999), atol=1e-6)
+    total = sum(len(episode.rewards) for episode in point)
+    assert read(only(runs))["buffer"]["num_offline"] == total - len(expected)
+
+
+def test_what_has_no_environment_cannot_be_played(script, point, runs, capsys):
+    assert start(script, *WITHOUT, "--online-steps", "10") == 2
+    line = error_line(capsys)
+    assert "--online-env" in line and "--online-steps 0" in line and not runs.exists()
+
+
+def test_one_episode_without_an_environment(cal_ql, point, runs, tmp_path, capsys):
+    spaces = minari.load_dataset("mine/point-v0")
+    spaces = dict(action_space=spaces.action_space, observation_space=spaces.observation_space)
+    minari.create_dataset_from_buffers("mine/single-v0", point[:1], **spaces)
+    assert start(cal_ql, *WITHOUT, "--online-steps", "0", "--env-id", "mine/single-v0") == 2
+    assert error_line(capsys)
+
+
+def test_the_users_environment(script, point, runs, capsys):
+    """Played and scored in; a run that was pre-trained without one goes on with it."""
+    assert start(script, *WITHOUT, "--offline-steps", "20", "--online-steps", "0") == 0
+    source = only(runs)
+    flags = ["--init-from", str(source), "--online-env", "robot:make", "--online-steps", "30", "--eval-episodes", "2"]
+    assert start(script, *flags) == 0
+    (run,) = {*runs.iterdir()} - {source}
+    last = table(run)[-1]
+    assert last["phase"] == "online" and 30 <= int(last["env_steps"]) < 36 and 0 <= float(last["score"]) <= 1
+    online = read(run)["buffer"]["online"]
+    assert {*online[2].tolist()} <= {-1.0, 5.0}
+    # Its time limit counts unless another is given.
+    assert start(script, *flags, "--episode-length", "3") == 0
+    # A checkpoint, which may be a stranger's, says nothing about which code runs.
+    capsys.readouterr()
+    assert start(script, "--resume", str(run), "--online-steps", "40") == 2
+    assert "repeat" in error_line(capsys)
+    assert start(script, "--resume", str(run), "--online-steps", "40", "--online-env", "robot:other") == 2
+    assert error_line(capsys)
+    assert start(script, "--resume", str(run), "--online-steps", "40", "--online-env", "robot:make") == 0
+
+
+@pytest.mark.parametrize("name, message", [
+    ("robot:other", "sizes (3, (1,)), the data's (3, (2,))"), ("robot:endless", "time limit"),
+    ("robot:nothing", "nothing"), ("nowhere:make", "nowhere"), ("nowhere", "nowhere"), ("robot", "make"),
+    ("", "module"), ("a:b:c", "a:b:c"),
+])  # fmt: skip
+def test_no_environment_of_the_users(name, message, cal_ql, point, runs, capsys):
+    if name == "robot":
+        Path("robot.py").write_text(POINT.replace("def make(", "def made("))
+        del sys.modules["robot"]
+    assert start(cal_ql, *WITHOUT, "--online-env", name) == 2
+    line = error_line(capsys)
+    assert "environment cannot be made" in line and message in line and not runs.exists()
+
+
+# ---- Online episodes as a dataset ------------------------------------------------------------------------------------
+
+
+def save_online(run: Path, dataset_id: str = "mine/online-v0") -> int:
+    return from_run.main([str(run), "--dataset-id", dataset_id])
+
+
+def test_online_episodes_become_a_dataset(script, point, runs, monkeypatch):
+    """As the environment had them: its observations, actions, rewards, ends; and a script reads them again."""
+    robot, played = importlib.import_module("robot"), []
+    step, reset = robot.Point.step, robot.Point.reset
+
+    def record_reset(self, **kwargs):
+        values = reset(self, **kwargs)
+        played.append([values])
+        return values
+
+    def record_step(self, action):
+        values = step(self, action)
+        played[-1].append((action, *values))
+        return values
+
+    monkeypatch.setattr(robot.Point, "reset", record_reset)
+    monkeypatch.setattr(robot.Point, "step", record_step)
+    evaluate = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda *args: (evaluate(*args), played.clear(), online.extend(episodes))[0])
+    online, episodes, play = [], [], script.play_episode
+
+    def play_episode(*args):
+        played.clear()
+        episode = play(*args)
+        episodes.append(played[-1])
+        return episode
+
+    monkeypatch.setattr(script, "play_episode", play_episode)
+    flags = [*WITHOUT, "--online-env", "robot:make", "--online-steps", "40", "--eval-episodes", "1"]
+    assert start(script, *flags) == 0
+    assert save_online(only(runs)) == 0
+    dataset = minari.load_dataset("mine/online-v0")
+    assert dataset.env_spec is None and dataset.action_space == robot.Point.action_space
+    assert dataset.observation_space == robot.Point.observation_space
+    assert len(dataset) == len(episodes) and {episode.terminations[-1] for episode in dataset} == {True, False}
+    for saved, ((first, _), *steps) in zip(dataset, episodes, strict=True):
+        actions, states, rewards, ends, _, _ = zip(*steps, strict=True)
+        for key in ("position", "goal"):
+            np.testing.assert_array_equal(saved.observations[key], [first[key], *(state[key] for state in states)])
+        np.testing.assert_allclose(saved.actions, actions, atol=1e-6)
+        np.testing.assert_allclose(saved.rewards, rewards, atol=1e-6)
+        np.testing.assert_array_equal(saved.terminations, ends)
+        assert saved.truncations.tolist() == [False] * (len(ends) - 1) + [not ends[-1]]
+    assert start(script, *WITHOUT, "--env-id", "mine/online-v0", "--online-steps", "0") == 0
+
+
+@cal_ql_only
+def test_online_episodes_name_their_environment(whole, runs, demonstrations, monkeypatch, tmp_path, capsys):
+    """The ring of twelve has lost the first of three episodes; what is left can be played on."""
+    script, run = whole
+    shutil.copytree(demonstrations, tmp_path / "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    assert save_online(run) == 0
+    assert "mine/online-v0: 2 episodes, 10 steps" in capsys.readouterr().out
+    spec = minari.load_dataset("mine/online-v0").env_spec
+    assert (spec.id, spec.max_episode_steps) == ("cal-ql/PickPlace-v0", 5)
+    flags = [*TINY, "--env-id", "mine/online-v0", "--offline-steps", "3", "--online-steps", "5"]
+    assert start(script, *flags) == 0
+    assert save_online(run) == 2
+    assert "already exists" in error_line(capsys)
+
+
+@cal_ql_only
+def test_runs_without_online_episodes(finished, tmp_path, capsys):
+    _, run = finished
+    assert save_online(tmp_path) == 2
+    assert "missing or damaged" in error_line(capsys)
+    shutil.copy(run / "offline.pt", run / "checkpoint.pt")
+    assert save_online(run) == 2
+    assert "no online episode" in error_line(capsys)
+    for script in ("cal_ql_pixels.py", "odt_continuous.py"):
+        save_as(run / "checkpoint.pt", {"script": script})
+        assert save_online(run) == 2
+        assert script in error_line(capsys)
+    save_as(run / "checkpoint.pt", {"script": "cal_ql_continuous.py", "buffer": {}})
+    assert save_online(run) == 2
+    assert "missing or damaged" in error_line(capsys)
+
+
+def test_episodes_that_the_paper_relabels_are_saved_as_the_policy_saw_them(finished, tmp_path, monkeypatch):
+    _, run = finished
+    source = types.SimpleNamespace(action_space=gym.spaces.Box(-2, 2, (4,)), env_spec="AntMaze",
+                                   observation_space=gym.spaces.Dict())  # fmt: skip
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(from_run, "open_dataset", lambda dataset_id: source)
+    save_as(run / "checkpoint.pt", {"args": read(run)["args"] | {"env_id": "antmaze-umaze"}})
+    assert save_online(run) == 0
+    dataset = minari.load_dataset("mine/online-v0")
+    assert dataset.env_spec is None and dataset.observation_space.shape == (11,)
 
 
 # ---- The protocol ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The update against an oracle written from the equations, networks against plain ones, and CUDA graphs."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -36,6 +37,8 @@ def make_case(module, **settings):
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.normal_(std=0.7)
+        if getattr(agent, "v_mu", None):
+            agent.v_mu.biases[-1] += 1.0  # amid the Q-values
     return args, agent
 
 
@@ -116,9 +119,15 @@ class Oracle:
             values.append(value)
         return batch.rewards[b] + self.args.gamma * (1 - batch.terminations[b]) * max(values)
 
+    def floor(self, batch, b):
+        """V^mu(s): the return, or a network of the state alone, which no update changes."""
+        if self.args.reference_value == "returns":
+            return batch.mc_returns[b]
+        return self.q("v_mu", 0, batch.observations[b], torch.zeros(0)).detach()
+
     def gap(self, i, batch, b, draws):
         """log-sum-exp over the sampled actions, less Q of the data's: steps 5 to 8."""
-        state, mc_return, z = batch.observations[b], batch.mc_returns[b], []
+        state, floor, z = batch.observations[b], self.floor(batch, b), []
         weighted = self.args.importance_sampling
         for uniform in draws["uniform"][b]:
             z.append(self.q("critic", i, state, uniform) - (ACTION_DIM * math.log(0.5) if weighted else 0))
@@ -126,9 +135,9 @@ class Oracle:
             for noise in noises[b]:
                 action, log_prob = self.sample(source[b], noise)
                 value = self.q("critic", i, state, action)
-                self.below.append(bool(value < mc_return))
-                if self.module is cal_ql and value < mc_return:
-                    value = mc_return
+                self.below.append(bool(value < floor))
+                if self.module is cal_ql and value < floor:
+                    value = floor
                 z.append(value - (log_prob if weighted else 0))
         data = self.q("critic", i, state, batch.actions[b])
         if not weighted:
@@ -214,6 +223,10 @@ CASES = {
     "lower weight online": dict(online_cql_factor=0.1, cql_lagrange=True),
     "CQL+SAC": dict(online_cql_factor=0.0, cql_lagrange=True),
     "no regulariser": dict(cql_weight=0.0),
+    "learned reference value": dict(reference_value="learned", critic_layer_norm=True),
+    "learned reference value, lagrange": dict(
+        reference_value="learned", cql_lagrange=True, importance_sampling=False, critic_layer_norm=True
+    ),
 }
 
 
@@ -223,7 +236,8 @@ def check_updates(module, settings: dict, draws) -> None:
     Between the actor's updates and where the regulariser is left out, Adam's momentum must move nothing.
     """
     args, agent = make_case(module, **settings)
-    oracle, optimizer = Oracle(module, agent, args), agent.prepare(None, args)
+    # As in a resumed run, in which no reference value is fitted.
+    oracle, optimizer = Oracle(module, agent, args), agent.prepare(None, dataclasses.replace(args, resume="run"))
     bound_rates = []
     for online, with_actor in [(False, True), (False, False), (True, True), (True, False)]:
         batch = make_batch(module)
@@ -274,6 +288,76 @@ def test_returns_of_minus_infinity_are_cql(settings):
         agents.append(agent.state_dict())
     for other in agents[1:]:
         assert all(torch.equal(value, other[name]) for name, value in agents[0].items())
+
+
+class Rows:
+    """A replay whose rows are drawn in order, a batch after the other."""
+
+    def __init__(self, module, count: int):
+        self.observations, self.mc_returns = torch.randn(count, OBS_DIM), torch.randn(count)
+        self.module, self.batches = module, []
+
+    def sample(self, batch_size: int):
+        rows = torch.randint(len(self.observations), (batch_size,))
+        self.batches.append(rows)
+        zeros = torch.zeros(batch_size)
+        return self.module.Batch(
+            self.observations[rows], torch.randn(batch_size, ACTION_DIM), zeros, zeros, zeros, self.mc_returns[rows]
+        )
+
+
+@pytest.mark.parametrize("module", [cal_ql, cql], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("offline_steps, fits", [(70, 7), (600_000, 50_000)])
+def test_learned_reference_value_is_fitted_as_the_oracle_fits_it(module, offline_steps, fits, monkeypatch):
+    """A tenth of the offline updates, 50,000 at most: mean squared error to the returns, Adam at 3e-4, then frozen."""
+    settings = dict(reference_value="learned", offline_steps=offline_steps, batch_size=B, critic_layer_norm=True)
+    args, agent = make_case(module, **settings)
+    oracle, buffer = Oracle(module, agent, args), Rows(module, 20)
+    if fits == 50_000:  # how many there are is all that this case asks
+        monkeypatch.setattr(module, "tqdm", lambda steps, name: range(len(steps) - 49_993))
+    optimizer = agent.prepare(buffer, args)
+    names = [name for name in oracle.p if name.startswith("v_mu.")]
+    assert len(buffer.batches) == 7 and len(names) == 6
+    for rows in buffer.batches:
+        values = torch.stack([oracle.q("v_mu", 0, buffer.observations[row], torch.zeros(0)) for row in rows])
+        loss = ((values - buffer.mc_returns[rows]) ** 2).mean()
+        gradients = torch.autograd.grad(loss, [oracle.p[name] for name in names])
+        with torch.no_grad():
+            for name, gradient in zip(names, gradients, strict=True):
+                m, v, count = oracle.moments[name]
+                m, v, count = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2, count + 1
+                oracle.moments[name] = m, v, count
+                oracle.p[name] -= 3e-4 * (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
+    for name, parameter in agent.named_parameters():
+        torch.testing.assert_close(parameter, oracle.p[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: n + m)
+    assert not {*agent.v_mu.parameters()} & {each for group in optimizer.param_groups for each in group["params"]}
+
+
+@pytest.mark.parametrize("settings", [dict(resume="run"), dict(init_from="run")])
+def test_learned_reference_value_is_not_fitted_again(settings):
+    args, agent = make_case(cal_ql, reference_value="learned", **settings)
+    agent.prepare(None, args)  # without any data
+
+
+def test_learned_reference_value_on_a_small_problem():
+    """Returns are a function of the state, plus noise that differs by the action: V^mu is their mean, and the floor."""
+    torch.set_default_dtype(torch.float32)
+    args = cal_ql.Args(reference_value="learned", offline_steps=20_000, critic_layers=(32, 32))
+    agent = cal_ql.Agent(OBS_DIM, ACTION_DIM, args)
+    buffer = Rows(cal_ql, 5_000)
+    means = 3 * buffer.observations[:, 0].sin() - 2
+    buffer.mc_returns = means + torch.randn(len(means))
+    agent.prepare(buffer, args)
+    batch = cal_ql.Batch(buffer.observations, torch.zeros(5_000, ACTION_DIM), *4 * [buffer.mc_returns])
+    with torch.no_grad():
+        floor = agent.reference_value(batch).squeeze(1)
+    assert (floor - means).square().mean() < 0.2 < 0.8 < (buffer.mc_returns - means).square().mean()
+    agent.critic.biases[-1].data.fill_(-2.0)  # Q is -2 everywhere, as initialised but for this
+    expected = (floor > -2).float().mean().item()
+    assert cal_ql.probe(agent, batch, args)["bound_rate"] == pytest.approx(expected, abs=0.03)
+    metrics = cal_ql.update(agent, agent.prepare(buffer, dataclasses.replace(args, resume="")), args, False, True,
+                            batch._replace(next_observations=batch.observations))  # fmt: skip
+    assert metrics["calibration/bound_rate"].item() == pytest.approx(expected, abs=0.03)
 
 
 def test_lagrange_multiplier_is_limited():
@@ -382,12 +466,13 @@ def test_denormal_numbers_are_flushed_in_every_thread():
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def make_cuda_step(captured: bool, online: bool = False, with_actor: bool = True):
+def make_cuda_step(captured: bool, online: bool = False, with_actor: bool = True, **settings):
     """An agent on the GPU and its update, as a CUDA graph or as it is; batches come from a generator of their own."""
     graphs = importlib.import_module("tensordict.nn")
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    args, agent = make_case(cal_ql, cql_lagrange=True, online_cql_factor=0.0, actor_lr=1e-4, critic_lr=1e-4)
+    args, agent = make_case(cal_ql, cql_lagrange=True, online_cql_factor=0.0, actor_lr=1e-4, critic_lr=1e-4,
+                            resume="run", **settings)  # fmt: skip
     agent = agent.cuda()
     optimizer = agent.prepare(None, args)
 
@@ -407,17 +492,19 @@ def make_cuda_batch(k: int):
 class TestGraph:
     pytestmark = on_gpu
 
-    def test_hundred_updates_equal_those_without_a_graph(self, monkeypatch):
+    @pytest.mark.parametrize("reference_value", ["returns", "learned"])
+    def test_hundred_updates_equal_those_without_a_graph(self, reference_value, monkeypatch):
         """With constant numbers in place of the random ones, which a graph draws from states of its own."""
         randn, rand = torch.randn, torch.rand
         monkeypatch.setattr(torch, "randn", lambda *a, **k: torch.full_like(randn(*a, **k), 0.3))
         monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full_like(rand(*a, **k), 0.7))
         results = []
         for captured in (True, False):
-            agent, step = make_cuda_step(captured)
-            before = [parameter.detach().clone() for parameter in agent.parameters()]
+            agent, step = make_cuda_step(captured, reference_value=reference_value)
+            before = [value.detach().clone() for name, value in agent.named_parameters() if not name.startswith("v_mu")]
             losses = [step(make_cuda_batch(k))["losses/qf_loss"].item() for k in range(100)]
-            assert not any(map(torch.equal, before, agent.parameters()))
+            after = [value for name, value in agent.named_parameters() if not name.startswith("v_mu")]
+            assert not any(map(torch.equal, before, after))
             results.append((losses, [parameter.detach().clone() for parameter in agent.parameters()]))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
         for ours, theirs in zip(results[0][1], results[1][1], strict=True):

@@ -664,6 +664,8 @@ def draw_film(run: Path, frames: int, attempts: int) -> Figure:
         aim_camera(env, task.domain)
     except script.InputError as error:
         raise InputError(str(error)) from error
+    except Exception as error:  # whatever another program has put into the checkpoint
+        raise InputError(f"{run} cannot be drawn: its checkpoint does not fit its script ({error!r:.200}).") from error
     for seed in range(attempts):
         try:
             film, states, score = play_film(env, agent, seed)

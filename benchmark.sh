@@ -25,13 +25,15 @@ PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made 
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
            visual                     visual manipulation, on a task of ours: the first six algorithms below
+           figure2                    the start of the paper: offline methods in fine-tuning, on pick-place
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
+           figure11                   a learned reference value, in Kitchen
            umaze                      the smallest AntMaze: cal_ql, cql
            pick-place                 the quick start's comparison
            all                        all of these
 OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd, iql, awac, o3f,
-                         td3_bc, odt
+                         td3_bc, odt, cal_ql_learned
            --seeds N     seeds 1 to N of each (default 6, as in the paper)
            --workers K   runs at a time (default 1); they share one GPU, or the CPU's cores
            --dry-run     print one command a line and do nothing else
@@ -79,6 +81,7 @@ command_of() {
     sac_offline_data_pixels) echo "python baselines/sac_pixels.py $run --mixing-ratio -1" ;;
     hybrid_rl_pixels) echo "python baselines/sac_pixels.py $run" ;;
     cal_ql) echo "python cal_ql_continuous.py $run" ;;
+    cal_ql_learned) echo "python cal_ql_continuous.py $run --reference-value learned" ;;
     cql) echo "python cql_continuous.py $run" ;;
     cql_sac) echo "python cql_continuous.py $run --online-cql-factor 0" ;;
     sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
@@ -117,11 +120,15 @@ commands_of() {
       tasks+=" kitchen-mixed kitchen-complete pen-binary door-binary relocate-binary" algos=cal_ql,cal_ql_utd20,rlpd
       ;;
     figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
+    figure2) tasks=pick-place algos=iql,td3_bc,awac,cql,cal_ql ;;
+    figure11) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=cal_ql,cal_ql_learned ;;
     umaze) tasks=antmaze-umaze algos=cal_ql,cql ;;
     pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data,iql,awac,o3f,td3_bc,odt ;;
     all)
       {
-        for group in antmaze kitchen adroit figure7 figure8 umaze pick-place; do commands_of "$group" "$2" "$3"; done
+        for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 umaze pick-place; do
+          commands_of "$group" "$2" "$3"
+        done
         for algo in ${six//,/ }; do # those of visual that are asked for
           if [[ ",${2:-$algo}," == *",$algo,"* ]]; then commands_of visual "$algo" "$3"; fi
         done

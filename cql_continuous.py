@@ -14,6 +14,16 @@ policy's actions whose Q is below the transition's Monte-Carlo return, is logged
     python cql_continuous.py --resume runs/<run>                 # continues from its last checkpoint, bit for bit
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends the process without a traceback
+elif __name__ == "__mp_main__":  # a process of --eval-async leaves Ctrl-C to the run, and ends with it without a word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
+
 import copy
 import dataclasses
 import functools
@@ -22,10 +32,7 @@ import importlib
 import itertools
 import json
 import math
-import os
 import re
-import signal
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -130,9 +137,8 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        layers = []
-        for i, o in itertools.pairwise([obs_dim, *args.actor_layers, 2 * action_dim]):
-            layers += [nn.Linear(i, o), nn.ReLU()]
+        sizes = itertools.pairwise([obs_dim, *args.actor_layers, 2 * action_dim])
+        layers = [layer for i, o in sizes for layer in (nn.Linear(i, o), nn.ReLU())]
         self.net = nn.Sequential(*layers[:-1])  # no ReLU after the last
         for layer in self.net[::2]:
             nn.init.orthogonal_(layer.weight, 0.01 if layer is self.net[-1] else 2**0.5)
@@ -413,11 +419,7 @@ def monte_carlo_returns(rewards: np.ndarray, terminations: np.ndarray, gamma: fl
 
 # --- Replay (common) --------------------------------------------------------------------------------------------------
 class ReplayBuffer:
-    """The offline transitions, then a ring of `args.buffer_size` online ones, in tensors on the training device.
-
-    Episodes enter whole and with their returns: no transition is sampled before its return is known. `sparse` rewards
-    (or counts) are those of all the paper's tasks: the returns of episodes that time cuts off then get a tail.
-    """
+    """The offline transitions, then a ring of `args.buffer_size` online ones, in tensors on the training device."""
 
     def __init__(self, episodes: list[Episode], args: Args, sparse: bool, device: torch.device):
         self.args, self.sparse, self.device = args, sparse, device
@@ -433,7 +435,7 @@ class ReplayBuffer:
         """Writes the last len(index) transitions of an episode, with their returns, at `index`."""
         states, actions, rewards, terminations = episode
         rewards = rewards * self.args.reward_scale + self.args.reward_bias
-        # A time limit is not an end: the last reward is assumed to repeat for ever, as the authors do for failures.
+        # A time limit is no end: sparse rewards then repeat the last for ever, which the authors assume of failures.
         tail = float(rewards[-1]) / (1 - self.args.gamma) if self.sparse else 0.0
         returns = monte_carlo_returns(rewards, terminations, self.args.gamma, tail)
         transitions = Batch(states[:-1], actions, rewards, states[1:], terminations, returns)
@@ -463,11 +465,11 @@ class ReplayBuffer:
         return {"online": online, "cursor": self.cursor, "num_offline": self.num_offline}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["num_offline"] != self.num_offline:
-            raise InputError("the dataset has changed since this run began: restore it, or start a new run.")
+        if state["num_offline"] != self.num_offline or state["cursor"] not in range(self.args.buffer_size):
+            raise ValueError("the dataset has changed since this run began")
         self.cursor, self.num_online = state["cursor"], len(state["online"][0])
         for column, values in zip(self.columns, state["online"], strict=True):
-            column[self.num_offline :][: self.num_online] = values
+            column[self.num_offline :][: self.num_online] = values.reshape(self.num_online, *column.shape[1:])
 
 
 # --- Environments and evaluation (common) -----------------------------------------------------------------------------
@@ -478,8 +480,7 @@ class TaskEnv(gym.Wrapper):
         super().__init__(env)
         self.task, self.box = task, box
         self.state = functools.partial(to_state, space=env.observation_space, keys=STATE_KEYS.get(task.domain, ()))
-        shape = self.state(env.observation_space.sample()).shape
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.state(env.observation_space.sample()).shape)
         self.action_space = gym.spaces.Box(-1.0, 1.0, box.shape, np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -542,16 +543,15 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
 @torch.no_grad()
 def play_episode(env: gym.Env, agent: Agent, seed: int, device: torch.device) -> Episode:
     """One online episode; the policy does not learn meanwhile."""
-    states, actions, rewards, terminations = [env.reset(seed=seed)[0]], [], [], []
-    terminated = truncated = False
-    while not (terminated or truncated):
+    states, steps, over = [env.reset(seed=seed)[0]], [], False
+    while not over:
         action = agent.act(torch.from_numpy(states[-1]).unsqueeze(0).to(device), explore=True)
-        actions.append(action.squeeze(0).cpu().numpy().clip(-0.99999, 0.99999))
-        state, reward, terminated, truncated, _ = env.step(actions[-1])
+        action = action.squeeze(0).cpu().numpy().clip(-0.99999, 0.99999)
+        state, reward, terminated, truncated, _ = env.step(action)
         states.append(state)
-        rewards.append(reward)
-        terminations.append(terminated)  # never the time limit: the value of a state does not end there
-    return Episode(*map(np.array, (states, actions, rewards, terminations)))
+        steps.append((action, reward, terminated))  # never the time limit: the value of a state does not end there
+        over = terminated or truncated
+    return Episode(np.array(states), *map(np.array, zip(*steps, strict=True)))
 
 
 @torch.no_grad()
@@ -593,14 +593,13 @@ def on_signal(number: int, _frame) -> None:
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
     """Replaces the run's checkpoint in one step: a killed run keeps either the old or the new one."""
-    partial, rng = run / "checkpoint.partial", [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    partial = run / f"checkpoint.{os.getpid()}.partial"  # another process's has another name
+    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     state = {"script": Path(__file__).name, "args": vars(args), "progress": vars(progress), "rng": rng}
-    try:
-        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
-    except RuntimeError as error:  # torch's way to report a full disk
-        raise OSError(f"cannot write {partial}: {str(error).splitlines()[0]}") from error
-    with partial.open("ab") as file:  # its digest goes after the end, where torch.load does not look
-        file.write(hashlib.sha256(partial.read_bytes()).hexdigest().encode())
+    with partial.open("w+b") as file:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)  # its digest goes after the end, where torch.load does not look
+        file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
     if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
         (run / "offline.pt").write_bytes(partial.read_bytes())
     os.replace(partial, run / "checkpoint.pt")
@@ -622,31 +621,40 @@ def open_logs(run: Path, args: Args, step: int) -> SummaryWriter:
 def read_checkpoint(run: str, name: str = "checkpoint.pt") -> dict:
     """Reads a run's checkpoint. Raises InputError where there is none, it is damaged, or another script wrote it."""
     path = Path(run) / name
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-        raise InputError(f"{path} is missing or damaged; name the folder of a run that saved one.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["script"] != Path(__file__).name:
-        raise InputError(f"{run} was made by {checkpoint['script']}; go on from it with that script.")
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+            raise ValueError("missing or damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if (checkpoint["script"], {*checkpoint["args"]}) != (Path(__file__).name, {*vars(Args())}):
+            raise ValueError(f"made by {checkpoint['script']}, which is another script or had other settings then")
+    except Exception as error:  # whatever another program has put there
+        raise InputError(f"{run!r} is no run of this script to go on from; its {name}: {error!r:.200}.") from error
     return checkpoint
 
 
 def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer) -> SimpleNamespace:
     """Puts a run's parts to where --resume or --init-from begins, if there is one, and returns how far that is."""
+    start = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
     if args.resume is None and args.init_from is None:
-        return SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
-    checkpoint = read_checkpoint(args.resume) if args.resume else read_checkpoint(args.init_from, "offline.pt")
+        return start
+    checkpoint = read_checkpoint(args.init_from, "offline.pt") if args.resume is None else read_checkpoint(args.resume)
     groups = optimizer.state_dict()["param_groups"]  # learning rates and what depends on the device are this run's
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-    except RuntimeError as error:
-        raise InputError(f"--init-from: its networks are others: {str(error).splitlines()[1].strip()}") from error
-    if args.resume is not None:  # else there is no online transition yet, and the draws are this run's own
-        buffer.load_state_dict(checkpoint["buffer"])
-        torch.set_rng_state(checkpoint["rng"][0])
-        torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
-    return SimpleNamespace(**checkpoint["progress"])
+        if args.resume is not None:  # else there is no online transition yet, and the draws are this run's own
+            buffer.load_state_dict(checkpoint["buffer"])
+            torch.set_rng_state(checkpoint["rng"][0])
+            torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
+        moments = [{weight.shape, m["exp_avg"].shape, m["exp_avg_sq"].shape} for weight, m in optimizer.state.items()]
+        done = SimpleNamespace(**checkpoint["progress"])
+        fits = all(len(shapes) == 1 for shapes in moments) and bool(moments) == (done.updates > 0)
+        if not fits or not done.rows or vars(done).keys() != vars(start).keys():
+            raise ValueError("its progress or its moments are another script's")
+    except Exception as error:  # other networks, another version's parts, another dataset
+        raise InputError(f"this run cannot go on from there ({error!r:.200}): start a new one.") from error
+    return done
 
 
 # --- Training and command line (common) -------------------------------------------------------------------------------
@@ -661,6 +669,7 @@ def train(args: Args) -> None:
     make_one_env = functools.partial(make_env, datasets[-1], task, args.episode_length, args.online_env)
     env = make_one_env()
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
+    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
     if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
@@ -744,7 +753,8 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
+FROM_ZERO = ["seed", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
+RUN_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62)) | {"threads": (0, 1024), "eval_episodes": (1, 10_000)}
 RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
@@ -778,10 +788,13 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
     try:
         train(parse_args(argv))
-    except (InputError, OSError, RuntimeError) as error:  # a folder that cannot be made, a full disk; out of memory
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (InputError, OSError, EOFError, RuntimeError) as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) and type(error) is RuntimeError else error
+        if isinstance(reason, RuntimeError) and not re.search("memory|overflow", str(reason)):
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        if isinstance(reason, EOFError | ConnectionError):
+            reason = "a process of --eval-async was killed; --resume goes on from the last checkpoint"
+        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,16 +14,23 @@ mean_mc_return is the mean undiscounted return of the replay's trajectories.
     python baselines/odt_continuous.py --resume runs/<run>
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends the process without a traceback
+elif __name__ == "__mp_main__":  # a process of --eval-async leaves Ctrl-C to the run, and ends with it without a word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
+
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
 import math
-import os
 import re
-import signal
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -406,10 +413,11 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict) -> None:
         if state["offline_transitions"] != self.offline_transitions:
-            raise InputError("the dataset has changed since this run began: restore it, or start a new run.")
+            raise ValueError("the dataset has changed since this run began")
         self.num_added = state["num_added"]
         for column, values in zip((self.lengths, *self.columns), state["online"], strict=True):
-            column[self.rows_added()] = values.to(self.device)
+            rows = self.rows_added()
+            column[rows] = values.to(self.device).reshape(len(rows), *column.shape[1:])
 
 
 def split_at_terminations(episode: Episode) -> list[Episode]:
@@ -427,8 +435,7 @@ class TaskEnv(gym.Wrapper):
         super().__init__(env)
         self.task, self.box = task, box
         self.state = functools.partial(to_state, space=env.observation_space, keys=STATE_KEYS.get(task.domain, ()))
-        shape = self.state(env.observation_space.sample()).shape
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.state(env.observation_space.sample()).shape)
         self.action_space = gym.spaces.Box(-1.0, 1.0, box.shape, np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -555,14 +562,13 @@ def on_signal(number: int, _frame) -> None:
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
     """Replaces the run's checkpoint in one step: a killed run keeps either the old or the new one."""
-    partial, rng = run / "checkpoint.partial", [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    partial = run / f"checkpoint.{os.getpid()}.partial"  # another process's has another name
+    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     state = {"script": Path(__file__).name, "args": vars(args), "progress": vars(progress), "rng": rng}
-    try:
-        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
-    except RuntimeError as error:  # torch's way to report a full disk
-        raise OSError(f"cannot write {partial}: {str(error).splitlines()[0]}") from error
-    with partial.open("ab") as file:  # its digest goes after the end, where torch.load does not look
-        file.write(hashlib.sha256(partial.read_bytes()).hexdigest().encode())
+    with partial.open("w+b") as file:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file)
+        file.seek(0)  # its digest goes after the end, where torch.load does not look
+        file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
     if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
         (run / "offline.pt").write_bytes(partial.read_bytes())
     os.replace(partial, run / "checkpoint.pt")
@@ -584,31 +590,40 @@ def open_logs(run: Path, args: Args, step: int) -> SummaryWriter:
 def read_checkpoint(run: str, name: str = "checkpoint.pt") -> dict:
     """Reads a run's checkpoint. Raises InputError where there is none, it is damaged, or another script wrote it."""
     path = Path(run) / name
-    content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
-        raise InputError(f"{path} is missing or damaged; name the folder of a run that saved one.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["script"] != Path(__file__).name:
-        raise InputError(f"{run} was made by {checkpoint['script']}; go on from it with that script.")
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+            raise ValueError("missing or damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if (checkpoint["script"], {*checkpoint["args"]}) != (Path(__file__).name, {*vars(Args())}):
+            raise ValueError(f"made by {checkpoint['script']}, which is another script or had other settings then")
+    except Exception as error:  # whatever another program has put there
+        raise InputError(f"{run!r} is no run of this script to go on from; its {name}: {error!r:.200}.") from error
     return checkpoint
 
 
 def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buffer: ReplayBuffer) -> SimpleNamespace:
     """Puts a run's parts to where --resume or --init-from begins, if there is one, and returns how far that is."""
+    start = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
     if args.resume is None and args.init_from is None:
-        return SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
-    checkpoint = read_checkpoint(args.resume) if args.resume else read_checkpoint(args.init_from, "offline.pt")
+        return start
+    checkpoint = read_checkpoint(args.init_from, "offline.pt") if args.resume is None else read_checkpoint(args.resume)
     groups = optimizer.state_dict()["param_groups"]  # learning rates and what depends on the device are this run's
     try:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-    except RuntimeError as error:
-        raise InputError(f"--init-from: its networks are others: {str(error).splitlines()[1].strip()}") from error
-    if args.resume is not None:  # else there is no online transition yet, and the draws are this run's own
-        buffer.load_state_dict(checkpoint["buffer"])
-        torch.set_rng_state(checkpoint["rng"][0])
-        torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
-    return SimpleNamespace(**checkpoint["progress"])
+        if args.resume is not None:  # else there is no online transition yet, and the draws are this run's own
+            buffer.load_state_dict(checkpoint["buffer"])
+            torch.set_rng_state(checkpoint["rng"][0])
+            torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
+        moments = [{weight.shape, m["exp_avg"].shape, m["exp_avg_sq"].shape} for weight, m in optimizer.state.items()]
+        done = SimpleNamespace(**checkpoint["progress"])
+        fits = all(len(shapes) == 1 for shapes in moments) and bool(moments) == (done.updates > 0)
+        if not fits or not done.rows or vars(done).keys() != vars(start).keys():
+            raise ValueError("its progress or its moments are another script's")
+    except Exception as error:  # other networks, another version's parts, another dataset
+        raise InputError(f"this run cannot go on from there ({error!r:.200}): start a new one.") from error
+    return done
 
 
 # --- Training and command line ----------------------------------------------------------------------------------------
@@ -625,6 +640,7 @@ def train(args: Args) -> None:
     if env.spec is None:
         raise InputError(f"{args.env_id} names no environment, and this script evaluates in one.")
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
+    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
     episodes = load_episodes(datasets, task, env)
     buffer = ReplayBuffer(episodes, args, env.spec.max_episode_steps, device)
@@ -700,7 +716,8 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-RUN_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
+FROM_ZERO = ["seed", "offline_steps", "online_steps", "episode_length"]
+RUN_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62)) | {"threads": (0, 1024), "eval_episodes": (1, 10_000)}
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -733,10 +750,13 @@ def main(argv: list[str] | None = None) -> int:
     sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
     try:
         train(parse_args(argv))
-    except (InputError, OSError, RuntimeError) as error:  # a folder that cannot be made, a full disk; out of memory
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (InputError, OSError, EOFError, RuntimeError) as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) and type(error) is RuntimeError else error
+        if isinstance(reason, RuntimeError) and not re.search("memory|overflow", str(reason)):
             raise
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        if isinstance(reason, EOFError | ConnectionError):
+            reason = "a process of --eval-async was killed; --resume goes on from the last checkpoint"
+        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0
 

@@ -65,6 +65,7 @@ ALGORITHMS = {
     "sac_offline_data": "SAC + offline data",
     "sac": "SAC",
     "cal_ql_utd20": "Cal-QL at UTD 20",
+    "cal_ql_learned": "Cal-QL with learned V",
     "iql": "IQL",
     "o3f": "O3F",
     "awac": "AWAC",
@@ -169,6 +170,8 @@ def name_algorithm(script: str, config: dict) -> str:
         if config.get("num_critics") == 10:
             return "RLPD"
         label = {-1: label, 0: "SAC"}.get(config.get("mixing_ratio", -1), "Hybrid RL")
+    elif config.get("reference_value") == "learned" and label == "Cal-QL":
+        label += " with learned V"
     elif config.get("optimistic_actions", 1) > 1:
         label = "O3F"
     elif config.get("online_cql_factor") == 0 and config.get("cql_weight"):
@@ -670,6 +673,8 @@ def draw_film(run: Path, frames: int, attempts: int) -> Figure:
         aim_camera(env, task.domain)
     except script.InputError as error:
         raise InputError(str(error)) from error
+    except Exception as error:  # whatever another program has put into the checkpoint
+        raise InputError(f"{run} cannot be drawn: its checkpoint does not fit its script ({error!r:.200}).") from error
     for seed in range(attempts):
         try:
             film, states, score = play_film(env, agent, seed)

@@ -422,8 +422,7 @@ class TaskEnv(gym.Wrapper):
         super().__init__(env)
         self.task, self.box = task, box
         self.state = functools.partial(to_state, space=env.observation_space, keys=STATE_KEYS.get(task.domain, ()))
-        shape = self.state(env.observation_space.sample()).shape
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.state(env.observation_space.sample()).shape)
         self.action_space = gym.spaces.Box(-1.0, 1.0, box.shape, np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -513,16 +512,17 @@ def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuff
             returns[live] += rewards[live]
             live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
     score = float(returns.mean() if np.isnan(scores).any() else scores.mean())
-    phase = "online" if progress.env_steps else "offline"
     online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
-    regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
+    regret = 1 - float(np.mean(online)) if progress.env_steps else math.nan  # NaN too where nothing tells success
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         batch = buffer.sample(4 * args.batch_size)
         values = probe(agent, batch, args)
+    if envs is None:
         values["action_error"] = (agent.act(batch.observations, explore=False) - batch.actions).abs().mean().item()
-    row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
-    return row | {"return": float(returns.mean()), "regret": regret, **values}
+    row = {"phase": "online" if progress.env_steps else "offline", "updates": progress.updates}
+    row |= {"env_steps": progress.env_steps, "score": score, "return": float(returns.mean()), "regret": regret}
+    return row | values
 
 
 # --- Checkpoints (common) ---------------------------------------------------------------------------------------------
@@ -590,7 +590,7 @@ def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buff
         buffer.load_state_dict(checkpoint["buffer"])
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
-    return SimpleNamespace(**checkpoint["progress"])
+    return SimpleNamespace(**checkpoint["progress"] | ({} if args.resume else {"rows": [], "wall_time": 0.0}))
 
 
 # --- Training and command line (common) -------------------------------------------------------------------------------
@@ -609,7 +609,7 @@ def train(args: Args) -> None:
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
     if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:
-            raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
+            raise InputError(f"{args.env_id} has no environment: use --online-env, or --online-steps 0 and 2 episodes.")
         held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
         eval_envs, episodes = None, [episode for k, episode in enumerate(episodes) if k % 10 != 1]
     buffer = ReplayBuffer(episodes, args, sparse, device)
@@ -666,8 +666,8 @@ def train(args: Args) -> None:
             print(f"stopped by a signal; --resume {run} continues", file=sys.stderr)
             sys.exit(128 + SIGNALS[0])
 
-    # Phase 1: offline pre-training, from the evaluation at update 0 to the one at the switch.
-    pause(evaluation_due=not progress.rows)
+    # Phase 1: offline pre-training, from the first evaluation of a new run to the one at the switch.
+    pause(evaluation_due=args.resume is None)
     while progress.env_steps == 0 and progress.updates < args.offline_steps:
         train_step(online=False)
         pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)

@@ -425,8 +425,7 @@ class TaskEnv(gym.Wrapper):
         super().__init__(env)
         self.task, self.box = task, box
         self.state = functools.partial(to_state, space=env.observation_space, keys=STATE_KEYS.get(task.domain, ()))
-        shape = self.state(env.observation_space.sample()).shape
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float32)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, self.state(env.observation_space.sample()).shape)
         self.action_space = gym.spaces.Box(-1.0, 1.0, box.shape, np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -536,7 +535,7 @@ def evaluate(envs: gym.vector.VectorEnv, agent: Agent, buffer: ReplayBuffer, pro
     phase = "online" if progress.env_steps else "offline"
     online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
     regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
-    values = dict(mean_q=math.nan, mean_mc_return=buffer.mean_return(), bound_rate=math.nan, action_error=math.nan)
+    values = {"mean_q": math.nan, "mean_mc_return": buffer.mean_return(), "bound_rate": math.nan}
     row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
     return row | {"return": float(returns.mean()), "regret": regret, **values}
 
@@ -606,7 +605,7 @@ def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buff
         buffer.load_state_dict(checkpoint["buffer"])
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
-    return SimpleNamespace(**checkpoint["progress"])
+    return SimpleNamespace(**checkpoint["progress"] | ({} if args.resume else {"rows": [], "wall_time": 0.0}))
 
 
 # --- Training and command line ----------------------------------------------------------------------------------------
@@ -676,8 +675,8 @@ def train(args: Args) -> None:
             print(f"stopped by a signal; --resume {run} continues", file=sys.stderr)
             sys.exit(128 + SIGNALS[0])
 
-    # Phase 1: offline pre-training, from the evaluation at update 0 to the one at the switch.
-    pause(evaluation_due=not progress.rows)
+    # Phase 1: offline pre-training, from the first evaluation of a new run to the one at the switch.
+    pause(evaluation_due=args.resume is None)
     while progress.env_steps == 0 and progress.updates < args.offline_steps:
         train_step(online=False)
         pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)

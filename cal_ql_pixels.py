@@ -743,8 +743,9 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
-RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
+PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
+PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -761,7 +762,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

@@ -490,10 +490,8 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
             kwargs |= {"remove_task_when_completed": False, "terminate_on_tasks_completed": False}
         env = gym.make(spec.id, disable_env_checker=True, **kwargs)
         sizes = [(gym.spaces.flatdim(each.observation_space), each.action_space.shape) for each in (env, dataset)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"its observations and actions have sizes {sizes[0]}, the data's {sizes[1]}")
-        if env.spec.max_episode_steps is None:
-            raise ValueError("it has no time limit (--episode-length)")
+        if sizes[0] != sizes[1] or env.spec.max_episode_steps is None:
+            raise ValueError(f"its sizes {sizes[0]} are not the data's {sizes[1]}, or no --episode-length limits it")
         if task.domain == "antmaze":
             env.unwrapped.position_noise_range = 0.0  # start and goal at their cells' centres ...
             env.unwrapped.ant_env._reset_noise_scale = 0.1  # ... but no two starts alike, as in D4RL
@@ -708,8 +706,9 @@ def train(args: Args) -> None:
 # What --resume may change, and limits of settings, where they are not those of a positive number.
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
-RUN_LIMITS = dict.fromkeys("seed threads offline_steps online_steps warmup_steps episode_length".split(), (0, 2**62))
-RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+FROM_ZERO = ["seed", "threads", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
+PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62))
+PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -726,7 +725,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

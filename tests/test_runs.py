@@ -796,7 +796,7 @@ def test_the_users_environment(script, point, runs, capsys):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("robot:other", "sizes (3, (1,)), the data's (3, (2,))"), ("robot:endless", "time limit"),
+    ("robot:other", "(3, (1,)) are not the data's (3, (2,))"), ("robot:endless", "--episode-length"),
     ("robot:nothing", "nothing"), ("nowhere:make", "nowhere"), ("nowhere", "nowhere"), ("robot", "make"),
     ("", "module"), ("a:b:c", "a:b:c"),
 ])  # fmt: skip

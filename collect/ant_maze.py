@@ -2,6 +2,7 @@
 
     python -m collect.ant_maze umaze                  # 1,430 episodes of 700 steps, as the hosted dataset has
     python -m collect.ant_maze medium-play --episodes 300 --workers 4
+    python -m collect.ant_maze umaze --frame-skip 10  # the ant acts every 0.1 s, as in D4RL, instead of every 0.05 s
 
 A stand-in for Minari's hosted datasets of the same ids, for machines without a network and for quick starts: same
 environments, observations and rewards, another walker. An ant policy (`ant_policy.npz`: D4RL's, Apache-2.0) walks on
@@ -54,6 +55,8 @@ class Args:
     """how many episodes; 0 makes a million steps, as the hosted datasets have"""
     noise: float = 0.2
     """standard deviation of the noise on every action, in units of the box"""
+    frame_skip: int = 5
+    """physics steps of 0.01 s in a step: 5 as in the hosted datasets; 10 as in D4RL, half as many steps to a goal"""
     workers: int = 2
     """processes that collect"""
     seed: int = 1
@@ -62,12 +65,16 @@ class Args:
     """collect anew and replace the dataset where one of that id exists"""
 
 
-def make_spec(task: str) -> EnvSpec:
+def make_spec(task: str, frame_skip: int = 5) -> EnvSpec:
     """The environment's specification, with one start and one goal in the map where the task has them."""
     gym.register_envs(gymnasium_robotics)
     env_id, rows, cells = TASKS[task]
+    kwargs = dict(continuing_task=True, reset_target=False)
+    if frame_skip != 5:  # only v5 has a choice; without contact forces it observes what v4 does
+        env_id = env_id.replace("-v4", "-v5")
+        kwargs |= dict(frame_skip=frame_skip, include_cfrc_ext_in_observation=False)
     spec = copy.deepcopy(gym.spec(env_id))
-    spec.kwargs.update(continuing_task=True, reset_target=False)
+    spec.kwargs.update(kwargs)
     if rows:
         maze = [[int(cell == "#") for cell in row] for row in rows]
         for (row, column), letter in zip(cells, "rg", strict=True):
@@ -120,13 +127,14 @@ class Walker:
         return (TORQUE * action.clip(-1, 1)).astype(np.float32)
 
 
-def collect_episode(job: tuple[str, float, int, int]) -> EpisodeBuffer:
-    """Plays one episode, for a task, noise, number and seed, in the hosted datasets' schema and float32's precision."""
-    task, noise, number, seed = job
+def collect_episode(job: tuple[EnvSpec, float, int, int]) -> EpisodeBuffer:
+    """Plays one episode, for a task's specification, noise, number and seed, in the hosted datasets' schema and
+    float32's precision."""
+    spec, noise, number, seed = job
     seed = 100_000 * seed + number
     if not hasattr(collect_episode, "env"):  # one environment for each process
         warnings.simplefilter("ignore")  # gymnasium advises newer versions
-        collect_episode.env = gym.make(make_spec(task))
+        collect_episode.env = gym.make(spec)
     env = collect_episode.env
     walker = Walker(env.unwrapped.maze, noise, np.random.default_rng(seed))
     observation, info = env.reset(seed=seed)
@@ -153,9 +161,9 @@ def collect_episode(job: tuple[str, float, int, int]) -> EpisodeBuffer:
 
 def collect(args: Args) -> minari.MinariDataset:
     """Collects in parallel and writes the dataset; prints how many episodes reach their own goal."""
-    spec = make_spec(args.task)
+    spec = make_spec(args.task, args.frame_skip)
     episodes = args.episodes or -(-1_000_000 // spec.max_episode_steps)
-    jobs = [(args.task, args.noise, k, args.seed) for k in range(episodes)]
+    jobs = [(spec, args.noise, k, args.seed) for k in range(episodes)]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         made = pool.imap(collect_episode, jobs, chunksize=4)
         buffers = list(tqdm(made, f"collect {args.task}", episodes, unit="episode", mininterval=1))
@@ -179,8 +187,8 @@ def collect(args: Args) -> minari.MinariDataset:
 
 def main() -> int:
     args = tyro.cli(Args)
-    if args.episodes < 0 or args.workers < 1 or args.seed < 0 or not 0 <= args.noise < float("inf"):
-        print("error: --episodes, --seed and --noise must be at least 0, --workers at least 1.", file=sys.stderr)
+    if args.episodes < 0 or args.workers < 1 or args.frame_skip < 1 or args.seed < 0 or not 0 <= args.noise < np.inf:
+        print("error: --episodes, --seed, --noise must be at least 0, --workers, --frame-skip 1.", file=sys.stderr)
         return 2
     path = minari.storage.get_dataset_path(f"D4RL/antmaze/{args.task}-v1")
     if (path / "data").exists() and not args.overwrite:

@@ -276,7 +276,7 @@ def test_peers_are_dashed_on_their_own_task(runs, tmp_path):
     assert dashed.pop("pick-place") == [(plot.COLOURS["CQL"], [[0, 25], [1000, 45], [2000, 45]])]
     assert not any(dashed.values())
     ax = {ax.get_title(): ax for ax in figure.axes}["pick-place"]
-    assert "CQL, other (2 seeds)" in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "CQL, other (2 seeds, after 1k offline updates)" in [text.get_text() for text in ax.get_legend().get_texts()]
     assert ax.get_xlim()[1] == pytest.approx(1.03 * 1560)  # theirs go further
     figure = plot.draw_calibration(groups, peers)
     ax = {ax.get_title(): ax for ax in figure.axes}["pick-place"]

@@ -501,7 +501,7 @@ class TestGraph:
         results = []
         for captured in (True, False):
             agent, step = make_cuda_step(captured, reference_value=reference_value)
-            before = [value.clone() for name, value in agent.named_parameters() if not name.startswith("v_mu")]
+            before = [value.detach().clone() for name, value in agent.named_parameters() if not name.startswith("v_mu")]
             losses = [step(make_cuda_batch(k))["losses/qf_loss"].item() for k in range(100)]
             after = [value for name, value in agent.named_parameters() if not name.startswith("v_mu")]
             assert not any(map(torch.equal, before, after))

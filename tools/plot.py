@@ -369,7 +369,9 @@ def draw_peers(
             if phase == "offline":
                 x[x > 0] = np.nan  # theirs may be longer than ours
             ax.plot(x, values.mean(0), color=COLOURS.get(name, "0.4"), linewidth=1.2, linestyle="--", marker=".")
-            labels.append(f"{name}, {peers.name} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+            before = max(curve[1][-1] for curve in peers.curves(task, name, "offline") or curves)
+            after = f", after {COUNT(before)} offline updates" * (phase == "online")
+            labels.append(f"{name}, {peers.name} ({len(curves)} seed{'s' * (len(curves) > 1)}{after})")
     return labels
 
 
@@ -502,6 +504,9 @@ def draw_calibration(groups: Groups, peers: Peers | None = None) -> Figure:
         if unit == 100:
             draw_peers(scores, peers, task, list(algorithms), "offline", max(updates, 1), -1)
             draw_peers(scores, peers, task, list(algorithms), "online", max(steps, 1))
+        returns = np.concatenate([np.abs(run.rows.mean_mc_return) for run in everyone])
+        if max(np.abs(run.rows.mean_q).max() for run in everyone) > 20 * returns.max():  # some Q diverges
+            values.set_yscale("symlog", linthresh=2 * returns.max())
         mark_phases(axes, updates, steps)
         scores.set_title(task, pad=16)
         scores.set_ylabel("Score (%)" if unit == 100 else "Return")

@@ -1,7 +1,7 @@
 """Draws every picture and table of README.md and docs/ from the runs in results/.
 
     python tools/report.py                        # pictures into docs/figures/<task>/, tables between their markers
-    python tools/report.py --peers peers.csv      # the same, with another code base's curves dashed
+    python tools/report.py --peers peers.csv      # the same, with other peers' curves dashed than results/CORL.csv
     python tools/report.py --check                # writes nothing; exit code 1 where a table is not what results/ say
     python tools/report.py --add runs/<run>       # first copies a run's eval.csv and config.json into results/
     python tools/report.py --add runs/<run> --variant small    # as a variant, for other settings than the task's
@@ -134,7 +134,7 @@ class Args:
     variant: str = ""
     """with --add, a word for settings that are not the task's own"""
     peers: Path | None = None
-    """CSV with another code base's curves, for the pictures"""
+    """CSV with another code base's curves, for the pictures; results/CORL.csv unless given"""
     root: Path = ROOT
     """folder with README.md, docs/ and results/"""
     reps: int = 2000
@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
             for path in changed:
                 print(f"{path}: a table is not what results/ say; run python tools/report.py", file=sys.stderr)
             return int(bool(changed))
-        peers = plot.read_peers(args.peers) if args.peers else None
+        path = args.peers or results / "CORL.csv"
+        peers = plot.read_peers(path) if args.peers or path.is_file() else None
         for task, algorithms in groups.items():
             plot.draw_all({task: algorithms}, args.root / "docs" / "figures" / task, args.reps, peers, table=False)
     except (plot.InputError, OSError) as error:

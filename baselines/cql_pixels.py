@@ -563,16 +563,17 @@ def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuff
             returns[live] += rewards[live]
             live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
     score = float(returns.mean() if np.isnan(scores).any() else scores.mean())
-    phase = "online" if progress.env_steps else "offline"
     online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
-    regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
+    regret = 1 - float(np.mean(online)) if progress.env_steps else math.nan  # NaN too where nothing tells success
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         batch = buffer.sample(4 * args.batch_size)
         values = probe(agent, batch, args)
+    if envs is None:
         values["action_error"] = (agent.act(batch.observations, explore=False) - batch.actions).abs().mean().item()
-    row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
-    return row | {"return": float(returns.mean()), "regret": regret, **values}
+    row = {"phase": "online" if progress.env_steps else "offline", "updates": progress.updates}
+    row |= {"env_steps": progress.env_steps, "score": score, "return": float(returns.mean()), "regret": regret}
+    return row | values
 
 
 # --- Checkpoints (common) ---------------------------------------------------------------------------------------------
@@ -648,6 +649,8 @@ def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buff
             raise ValueError("its progress or its moments are another script's")
     except Exception as error:  # other networks, another version's parts, another dataset
         raise InputError(f"this run cannot go on from there ({error!r:.200}): start a new one.") from error
+    if args.resume is None:  # its record begins here
+        done.rows, done.wall_time = [], 0.0
     return done
 
 
@@ -668,7 +671,7 @@ def train(args: Args) -> None:
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
     if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:
-            raise InputError(f"{args.env_id} has no environment: add --online-env, or --online-steps 0 and episodes.")
+            raise InputError(f"{args.env_id} has no environment: use --online-env, or --online-steps 0 and 2 episodes.")
         held_out = ReplayBuffer(episodes[1::10], dataclasses.replace(args, buffer_size=1), sparse, device)
         eval_envs, episodes = None, [episode for k, episode in enumerate(episodes) if k % 10 != 1]
     buffer = ReplayBuffer(episodes, args, sparse, device)
@@ -725,8 +728,8 @@ def train(args: Args) -> None:
             print(f"stopped by a signal; --resume {run} continues", file=sys.stderr)
             sys.exit(128 + SIGNALS[0])
 
-    # Phase 1: offline pre-training, from the evaluation at update 0 to the one at the switch.
-    pause(evaluation_due=not progress.rows)
+    # Phase 1: offline pre-training, from the first evaluation of a new run to the one at the switch.
+    pause(evaluation_due=args.resume is None)
     while progress.env_steps == 0 and progress.updates < args.offline_steps:
         train_step(online=False)
         pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)
@@ -748,8 +751,8 @@ def train(args: Args) -> None:
 CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
               "offline_eval_interval", "online_eval_interval"}  # fmt: skip
 FROM_ZERO = ["seed", "offline_steps", "online_steps", "warmup_steps", "episode_length"]
-RUN_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62)) | {"threads": (0, 1024), "eval_episodes": (1, 10_000)}
-RUN_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+PROTOCOL_LIMITS = dict.fromkeys(FROM_ZERO, (0, 2**62)) | {"threads": (0, 1024), "eval_episodes": (1, 10_000)}
+PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -766,7 +769,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in vars(args).items():
         if given and value != getattr(defaults, name) and name not in CHANGEABLE:
             raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
-        low, high = (RUN_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
         numbers = value if isinstance(value, tuple) else [value]
         if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
             raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")

@@ -403,7 +403,7 @@ def test_evaluation_counts_one_episode_of_each_environment():
     row, _ = run_evaluation([[momentary, after], [short, after]], [], env_steps=0)
     assert (row["score"], row["return"], row["phase"]) == (0.5, (6 + 10) / 2, "offline")
     assert math.isnan(row["regret"]) and (row["updates"], row["env_steps"]) == (7, 0)
-    names = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate action_error"
+    names = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate"
     assert list(row) == names.split()
 
 

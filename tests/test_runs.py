@@ -34,7 +34,7 @@ NAMES = ["cal_ql_continuous", "cql_continuous", "sac_offline_data"]
 TINY = """--env-id pick-place --episode-length 5 --offline-steps 200 --online-steps 15 --offline-eval-interval 80
 --online-eval-interval 8 --eval-episodes 2 --utd-ratio 2 --actor-interval 2 --buffer-size 12 --actor-layers 8
 --critic-layers 8 --batch-size 8 --device cpu --reward-bias -2""".split()
-COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate action_error wall_time".split()
+COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate wall_time".split()
 
 
 @pytest.fixture(scope="session")
@@ -536,15 +536,14 @@ def test_two_fine_tunings_of_one_pre_training(whole, runs, monkeypatch):
     one, two, again = sorted(runs.iterdir(), key=lambda run: run.stat().st_mtime)
     assert same(found[0], kept["agent"]) and same(found[2], kept["agent"])
     assert not same(read(one)["agent"], read(two)["agent"]) and same(read(two)["agent"], read(again)["agent"])
-    assert [row["updates"] for row in table(one)] == ["0", "80", "160", "200", "220"]
-    assert table(one)[:4] == table(source)[:4]
+    assert [row["updates"] for row in table(one)] == ["200", "220"]
     for run, seed in ((one, 1), (two, 2)):
         args = read(run)["args"]
         assert (args["seed"], args["gamma"], args["actor_layers"], args["init_from"]) == (seed, 0.5, (8,), str(source))
         assert [group["lr"] for group in read(run)["optimizer"]["param_groups"]][1] == 0.01
         assert read(run)["progress"]["offline_updates"] == 200
         assert max(int(state["step"]) for state in read(run)["optimizer"]["state"].values()) == 220
-    assert not (one / "offline.pt").exists()
+    assert same(script.read_checkpoint(str(one), "offline.pt")["agent"], kept["agent"])
 
 
 def test_fine_tuning_resumes_without_its_source(whole, runs, monkeypatch):
@@ -571,7 +570,7 @@ def test_an_offline_phase_that_was_interrupted_is_completed(whole, runs, monkeyp
     source = only(runs)
     assert start(script, "--init-from", str(source), "--online-steps", "0") == 0
     (run,) = {*runs.iterdir()} - {source}
-    assert [row["updates"] for row in table(run)] == ["0", "80", "160", "200"]
+    assert [row["updates"] for row in table(run)] == ["70", "80", "160", "200"]
     # Killed while this was written, a run has its former checkpoint, and writes it anew.
     (run / "offline.pt").write_bytes((run / "offline.pt").read_bytes()[:-1])
     assert start(script, "--init-from", str(run)) == 2
@@ -647,17 +646,17 @@ def test_warm_up_and_no_offline_data(whole, runs, monkeypatch):
     played = [0]
     monkeypatch.setattr(script, "update", recorded)
     monkeypatch.setattr(script.ReplayBuffer, "add", add_episode)
-    flags = "--mixing-ratio 0 --warmup-steps 8 --online-steps 20 --buffer-size 20 --online-eval-interval 5".split()
+    flags = "--mixing-ratio 0 --warmup-steps 10 --online-steps 20 --buffer-size 20 --online-eval-interval 5".split()
     assert start(script, "--init-from", str(source), *flags) == 0
-    # Episodes of 5 steps and two updates a step: none after the first, as 5 steps are less than 8.
+    # Episodes of 5 steps and two updates a step: none after the first, as 5 steps are less than 10.
     assert [episode for episode, _ in learned] == [2] * 10 + [3] * 10 + [4] * 10
     assert not any(offline)
-    rows = table(only(runs))[4:]
+    rows = table(only(runs))[1:]
     assert [(row["env_steps"], row["updates"]) for row in rows] == [
         ("5", "200"), ("10", "210"), ("15", "220"), ("20", "230")
     ]  # fmt: skip
     events = EventAccumulator(str(only(runs))).Reload()
-    assert [event.step for event in events.Scalars("eval/score")] == [205, 210, 215, 220]
+    assert [event.step for event in events.Scalars("eval/score")] == [200, 205, 210, 215, 220]
 
 
 @pytest.mark.parametrize("ratio", ["0", "-1"])
@@ -798,7 +797,7 @@ def test_the_users_environment(script, point, runs, capsys):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("robot:other", "sizes (3, (1,)), the data's (3, (2,))"), ("robot:endless", "time limit"),
+    ("robot:other", "(3, (1,)) are not the data's (3, (2,))"), ("robot:endless", "--episode-length"),
     ("robot:nothing", "nothing"), ("nowhere:make", "nowhere"), ("nowhere", "nowhere"), ("robot", "make"),
     ("", "module"), ("a:b:c", "a:b:c"),
 ])  # fmt: skip

@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import re
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -388,7 +389,7 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
             (data,) = dataset.iterate_episodes([k])
             steps = len(data.rewards)
             frames_left -= steps + 1
-            names, kinds = ("observations", "actions", "rewards", "terminations"), ("u", "fiu", "fiub", "fiub")
+            names, kinds = ("observations", "actions", "rewards", "terminations"), ("u", "fiu", "fiu", "b")
             columns = data.observations, data.actions, data.rewards, data.terminations
             shapes = (steps + 1, *env.observation_space.shape), (steps, *box.shape), (steps,), (steps,)
             for name, kind, values, shape in zip(names, kinds, columns, shapes, strict=True):
@@ -396,16 +397,18 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
                     raise ValueError(f"{name} {values.dtype}{list(values.shape)} must be finite numbers {list(shape)}")
             if steps == 0 or frames_left < 0:
                 raise ValueError("it has no step, or more than the dataset's metadata say")
+            actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
+            if np.abs(actions).max() > 10:  # a little beyond is clipped, as in Adroit's human data
+                raise ValueError("actions lie far outside of their box")
         except Exception as error:  # whatever a damaged file does
             raise InputError(f"episode {k} of {dataset.id}: {error}; repair it or leave it out.") from error
-        actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
         outside.append(np.abs(actions) > 1)
         seen.append(actions.clip(-0.99999, 0.99999))
         successes += bool(data.rewards.max() > 0)
         yield Episode(data.observations, seen[-1], data.rewards.astype(np.float32), data.terminations.astype(bool))
     clipped = np.concatenate(outside).mean() if seen else 1.0
-    if clipped > 0.2:
-        raise InputError(f"{' and '.join(task.datasets)}: no usable episode, or actions outside of the declared box.")
+    if clipped > 0.2 or frames_left:
+        raise InputError(f"{' and '.join(task.datasets)}: no episode, frames missing, or actions outside of their box.")
     low, high = np.quantile(np.concatenate(seen), [0.01, 0.99], axis=0)  # [A]
     print(f"data: {len(seen)} episodes, {successes} with reward > 0; actions fill {np.mean(high - low) / 2:.0%} of "
           f"their box, {clipped:.2%} clipped")  # fmt: skip
@@ -791,6 +794,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for bad input; `train` exits with 1 at a NaN, 130 at SIGINT and 143 at SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, which the next call to it raises anew
     sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
     try:
         train(parse_args(argv))

@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import re
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -346,9 +347,11 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
                 kinds = "b" if name in names[3:] else "fiu"  # booleans, or numbers
                 if values.shape != shape or values.dtype.kind not in kinds or not np.isfinite(values).all():
                     raise ValueError(f"{name} {values.dtype}{list(values.shape)}, not {kinds}{list(shape)} and finite")
+            actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
+            if np.abs(actions).max() > 10:  # a little beyond is clipped, as in Adroit's human data
+                raise ValueError("actions lie far outside of their box")
         except Exception as error:  # whatever a damaged file does
             raise InputError(f"episode {k} of {dataset.id}: {error}; repair it or leave it out.") from error
-        actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
         outside.append(np.abs(actions) > 1)
         unread -= steps
         rewards, terminations = data.rewards.astype(np.float32), data.terminations
@@ -496,6 +499,9 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
         sizes = [(gym.spaces.flatdim(each.observation_space), each.action_space.shape) for each in (env, dataset)]
         if sizes[0] != sizes[1] or env.spec.max_episode_steps is None:
             raise ValueError(f"its sizes {sizes[0]} are not the data's {sizes[1]}, or no --episode-length limits it")
+        wider = (box.low < env.action_space.low) | (box.high > env.action_space.high)
+        if task.domain != "any other" and wider.any():
+            raise ValueError(f"the data's actions {box} are wider than its own {env.action_space}")
         if task.domain == "antmaze":
             env.unwrapped.position_noise_range = 0.0  # start and goal at their cells' centres ...
             env.unwrapped.ant_env._reset_noise_scale = 0.1  # ... but no two starts alike, as in D4RL
@@ -752,6 +758,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for bad input; `train` exits with 1 at a NaN, 130 at SIGINT and 143 at SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, which the next call to it raises anew
     sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
     try:
         train(parse_args(argv))

@@ -745,6 +745,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 for bad input; `train` exits with 1 at a NaN, 130 at SIGINT and 143 at SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    threading.excepthook = lambda failure: None  # of TensorBoard's thread, which the next call to it raises anew
     sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
     try:
         train(parse_args(argv))

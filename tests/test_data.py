@@ -531,6 +531,7 @@ SPOILED = {
     "text actions": replace("actions", text),
     "complex actions": replace("actions", lambda x: x + 1j),
     "NaN in actions": replace("actions", put(math.nan)),
+    "an action far outside": replace("actions", put(1e6)),
     "infinite actions": replace("actions", put(math.inf)),
     "rewards [T, 1]": replace("rewards", lambda x: x[:, None]),
     "short rewards": replace("rewards", lambda x: x[:-1]),
@@ -610,6 +611,7 @@ METADATA_SPOILED = {
     "unbounded actions": lambda metadata: metadata.update(action_space=box(8, math.inf)),
     "discrete actions": lambda metadata: metadata.update(action_space='{"type": "Discrete", "dtype": "int64", '
                                                                       '"n": 3, "start": 0}'),
+    "box too wide": lambda metadata: metadata.update(action_space=box(8, 10.0)),
     "box too small": lambda metadata: metadata.update(action_space=box(8, 0.5)),
     "more episodes than there are": lambda metadata: metadata.update(total_episodes=9),
     "no episodes": lambda metadata: metadata.update(total_episodes=0),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_LINES = {"cal_ql_continuous.py": 790, "cql_continuous.py": 790, "sac_offline_data.py": 755}
+MOST_LINES = {"cal_ql_continuous.py": 810, "cql_continuous.py": 810, "sac_offline_data.py": 775}
 SCRIPTS = list(MOST_LINES)
 STATEMENT = "q_next, q_pi = torch.maximum(q_next, v_mu), torch.maximum(q_pi, v_mu)"
 BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)

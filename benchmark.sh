@@ -24,7 +24,7 @@ They use the active virtual environment or conda environment; without one they m
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
-           visual                     visual manipulation, on a task of ours: cal_ql, cql, cql_sac
+           visual                     visual manipulation, on a task of ours: the first six algorithms below
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
            umaze                      the smallest AntMaze: cal_ql, cql
@@ -75,6 +75,9 @@ command_of() {
     cal_ql_pixels) echo "python cal_ql_pixels.py $run" ;;
     cql_pixels) echo "python baselines/cql_pixels.py $run" ;;
     cql_sac_pixels) echo "python baselines/cql_pixels.py $run --online-cql-factor 0" ;;
+    sac_pixels) echo "python baselines/sac_pixels.py $run --mixing-ratio 0" ;;
+    sac_offline_data_pixels) echo "python baselines/sac_pixels.py $run --mixing-ratio -1" ;;
+    hybrid_rl_pixels) echo "python baselines/sac_pixels.py $run" ;;
     cal_ql) echo "python cal_ql_continuous.py $run" ;;
     cql) echo "python cql_continuous.py $run" ;;
     cql_sac) echo "python cql_continuous.py $run --online-cql-factor 0" ;;
@@ -97,13 +100,14 @@ command_of() {
 
 # commands GROUP ALGOS SEEDS: the commands of a group, one a line; empty ALGOS take the group's own.
 commands_of() {
-  local nine="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl,iql,awac,o3f" tasks algos group
+  local six="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl" tasks algos group
+  local nine="$six,iql,awac,o3f"
   case "$1" in
     antmaze) tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play" algos=$nine,odt ;;
     kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$nine ;;
     adroit) tasks="pen-binary door-binary relocate-binary" algos=$nine ;;
     visual)
-      tasks=pick-place-pixels algos=cal_ql,cql,cql_sac
+      tasks=pick-place-pixels algos=$six
       for algo in ${2//,/ }; do
         [[ ",$algos," == *",$algo,"* ]] || die "group visual has the algorithms $algos alone."
       done
@@ -118,7 +122,7 @@ commands_of() {
     all)
       {
         for group in antmaze kitchen adroit figure7 figure8 umaze pick-place; do commands_of "$group" "$2" "$3"; done
-        for algo in cal_ql cql cql_sac; do # those of visual that are asked for
+        for algo in ${six//,/ }; do # those of visual that are asked for
           if [[ ",${2:-$algo}," == *",$algo,"* ]]; then commands_of visual "$algo" "$3"; fi
         done
       } | awk '!seen[$0]++' # groups overlap

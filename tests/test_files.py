@@ -143,6 +143,17 @@ def test_dry_run_prints_commands_that_parse():
         assert python == "python" and args.seed == 1 and args.env_id in module.TASKS, line
 
 
+def test_visual_group_is_cal_ql_cql_and_the_sac_family():
+    names = []
+    for line in benchmark("visual", "--dry-run", "--seeds", "1").stdout.splitlines():
+        _, path, *flags = shlex.split(line)
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        config = vars(module.parse_args(flags))
+        assert config["env_id"] == "pick-place-pixels" and path.endswith("_pixels.py")
+        names.append(plot.name_algorithm(Path(path).stem, config))
+    assert names == ["Cal-QL", "CQL", "CQL+SAC", "SAC", "SAC + offline data", "Hybrid RL"]
+
+
 def test_flags_of_the_second_quick_start_parse():
     block = re.findall(r'(?m)^UMAZE_FLAGS\+?="(.*)"$', (ROOT / "benchmark.sh").read_text())
     args = script.parse_args(["--env-id", "antmaze-umaze", *" ".join(block).split()])

@@ -1,6 +1,9 @@
-"""The script for images: encoder, shifts, replay of frames, whole runs on an environment that draws without OpenGL."""
+"""The scripts for images: encoder, shifts, losses, replay of frames, whole runs on an environment without OpenGL."""
 
+import copy
 import csv
+import functools
+import importlib
 import math
 import os
 import shutil
@@ -17,19 +20,27 @@ import pytest
 import torch
 from dot_env import DotEnv
 from minari.data_collector import EpisodeBuffer
+from test_baselines import load_mutant
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from torch.nn import functional
 
 import cal_ql_continuous as plain
 import cal_ql_pixels as pixels
-from cal_ql_pixels import Agent, Args, Batch, Encoder, Episode, ReplayBuffer, main, random_shift, update
+from baselines import sac_pixels
+from cal_ql_pixels import Agent, Args, Encoder, Episode, ReplayBuffer, main, random_shift
 
-SCRIPT = Path(pixels.__file__)
 CPU = torch.device("cpu")
 gym.register("test/Dot-v0", entry_point="dot_env:DotEnv", max_episode_steps=8)
 
 
 # ---- Encoder, shifts, update -----------------------------------------------------------------------------------------
-SMALL = dict(actor_layers=(8,), critic_layers=(8,), num_actions=3, batch_size=5)
+SMALL = dict(actor_layers=(8,), critic_layers=(8,), batch_size=5)
+
+
+@pytest.fixture(scope="module", params=[pixels, sac_pixels], ids=lambda script: script.__name__)
+def script(request):
+    """For what each of the two algorithms has of its own; CQL is Cal-QL less one statement."""
+    return request.param
 
 
 def make_frames(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,20 +48,27 @@ def make_frames(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
-def make_case(**settings):
+def make_case(script=pixels, **settings):
     torch.manual_seed(0)
-    args = Args(latent_dim=6, **SMALL | settings)
-    agent = Agent(20, 16, 3, 2, args)
-    with torch.no_grad():  # else a wrong choice between the two encoders would not show
-        agent.target_encoder.net[9].bias.normal_()
-    frames, following = (make_frames(5, 20, 16, 3, seed=seed) for seed in (1, 2))
-    batch = Batch(frames, torch.rand(5, 2) * 2 - 1, torch.randn(5), following, torch.zeros(5), torch.randn(5))
-    return args, agent, batch
+    args = script.Args(latent_dim=6, **SMALL | ({"num_actions": 3} if script is pixels else {}) | settings)
+    agent = script.Agent(20, 16, 3, 2, args)
+    with (
+        torch.no_grad()
+    ):  # else Q-values are tiny, and a wrong choice between learned and target networks shows nothing
+        for parameter in agent.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return args, agent, make_batch(script)
 
 
-def one_update(agent: Agent, args: Args, batch: Batch, online: bool = False, with_actor: bool = True) -> dict:
+def make_batch(script, seed: int = 1):
+    frames, following = (make_frames(5, 20, 16, 3, seed=k) for k in (2 * seed, 2 * seed + 1))
+    terminations = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.get_default_dtype())
+    return script.Batch(frames, torch.rand(5, 2) * 2 - 1, torch.randn(5), following, terminations, torch.randn(5))
+
+
+def one_update(script, agent, args, batch, online: bool = False, with_actor: bool = True) -> dict:
     torch.manual_seed(5)
-    return update(agent, agent.prepare(None, args), args, online, with_actor, batch)
+    return script.update(agent, agent.prepare(None, args), args, online, with_actor, batch)
 
 
 @pytest.mark.parametrize("height, width, channels", [(64, 64, 3), (20, 33, 1), (16, 16, 9)])
@@ -87,11 +105,11 @@ def test_each_frame_is_shifted_by_its_own_shift_and_repeats_its_edge():
     assert len(set(shifts)) == 25  # down and right are drawn independently of each other
 
 
-def test_both_states_are_shifted_independently(monkeypatch):
-    args, agent, batch = make_case(random_shift=3)
+def test_both_states_are_shifted_independently(script, monkeypatch):
+    args, agent, batch = make_case(script, random_shift=3)
     batch, seen = batch._replace(next_observations=batch.observations), []
-    monkeypatch.setattr(pixels, "random_shift", lambda *a: seen.append((a, random_shift(*a))) or seen[-1][1])
-    one_update(agent, args, batch)
+    monkeypatch.setattr(script, "random_shift", lambda *a: seen.append((a, random_shift(*a))) or seen[-1][1])
+    one_update(script, agent, args, batch)
     assert [arguments[1] for arguments, _ in seen] == [3, 3]
     assert not torch.equal(seen[0][1], seen[1][1])
 
@@ -117,10 +135,9 @@ def test_update_is_that_of_vectors_on_shifted_and_encoded_frames(online, setting
     encoded = agent.encoder(batch.observations.flip(2))
     features = encoded.detach().requires_grad_()
 
-    vector_args = plain.Args(**SMALL | settings)
+    vector_args = plain.Args(**SMALL, num_actions=3, **settings)
     twin = plain.Agent(6, 2, vector_args)
-    for name in ("actor", "critic", "target_critic"):
-        getattr(twin, name).load_state_dict(getattr(agent, name).state_dict())
+    twin.load_state_dict(agent.state_dict(), strict=False)  # all but the encoders
     optimizer = twin.prepare(None, vector_args)
     twin.target_critic = OnFixedFeatures(twin.target_critic, fixed)
     torch.manual_seed(5)
@@ -128,7 +145,7 @@ def test_update_is_that_of_vectors_on_shifted_and_encoded_frames(online, setting
     expected = plain.update(twin, optimizer, vector_args, online, True, vectors)
     gradients = torch.autograd.grad(encoded, list(agent.encoder.parameters()), features.grad)
 
-    metrics = one_update(agent, args, batch, online)
+    metrics = one_update(pixels, agent, args, batch, online)
     assert metrics.keys() == expected.keys() and "losses/actor_loss" in expected
     for name, value in expected.items():
         assert torch.allclose(metrics[name], value, atol=1e-5), name
@@ -139,12 +156,195 @@ def test_update_is_that_of_vectors_on_shifted_and_encoded_frames(online, setting
         assert gradient.any() and torch.allclose(ours.grad, gradient, atol=1e-4)
 
 
-def test_actor_loss_leaves_the_encoder_untouched_and_targets_follow():
+def plain_sac(args, agent, batch, draws) -> tuple[dict, dict]:
+    """Losses, and the gradient of all that learns, from the equations: one transition and one critic at a time."""
+    p, draw_target, draw_actor = dict(agent.named_parameters()), *draws["randn"]
+    drawn, alpha = draws["rand"][0].argsort()[: args.num_target_critics], p["log_alpha"].exp().detach()
+    features, following = agent.encoder(batch.observations.flip(2)), batch.next_observations.flip(2)
+    next_features, target_features = agent.encoder(following).detach(), agent.target_encoder(following)
+
+    def q(ensemble, feature, action) -> torch.Tensor:
+        values = []
+        for i in range(args.num_critics):
+            x = torch.cat([feature, action]) @ p[f"{ensemble}.weights.0"][i] + p[f"{ensemble}.biases.0"][i, 0]
+            if args.critic_layer_norm:
+                x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+            values += x.clamp(min=0) @ p[f"{ensemble}.weights.1"][i] + p[f"{ensemble}.biases.1"][i, 0]
+        return torch.stack(values)
+
+    def sample(feature, noise):
+        mean, log_std = (x[0] for x in agent.actor(feature.unsqueeze(0)))
+        policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+        action = torch.tanh(mean + log_std.exp() * noise)
+        return action, policy.log_prob(action).sum()
+
+    td, actor_losses, log_probs = 0, [], []
+    for b in range(5):
+        action, log_prob = sample(next_features[b], draw_target[b, 0])
+        value = q("target_critic", target_features[b], action)[drawn].min()
+        value = value - alpha * log_prob if args.backup_entropy else value
+        target = batch.rewards[b] if batch.terminations[b] else batch.rewards[b] + args.gamma * value
+        td = td + (q("critic", features[b], batch.actions[b]) - target.detach()) ** 2 / 5  # [N]
+        if draw_actor is not None:
+            action, log_prob = sample(features[b].detach(), draw_actor[b, 0])
+            value = q("critic", features[b].detach(), action)
+            actor_losses.append(alpha * log_prob - (value.min() if args.actor_reduce == "min" else value.mean()))
+            log_probs.append(log_prob.detach())
+    losses = {"qf_loss": td.mean()}
+    steps = [(td.sum(), ["encoder.", "critic."])]
+    if draw_actor is not None:
+        losses["actor_loss"] = sum(actor_losses) / 5
+        losses["alpha_loss"] = -p["log_alpha"] * (sum(log_probs) / 5 + 2 * args.target_entropy_scale)
+        steps += [(losses["actor_loss"], ["actor."]), (losses["alpha_loss"], ["log_alpha"])]
+    gradients = {}
+    for loss, prefixes in steps:
+        names = [name for name in p if name.startswith(tuple(prefixes))]
+        values = torch.autograd.grad(loss, [p[name] for name in names], retain_graph=True)
+        gradients |= dict(zip(names, values, strict=True))
+    return losses, gradients
+
+
+SAC_CASES = {
+    "SAC": dict(),
+    "RLPD": dict(num_critics=5, actor_reduce="mean", critic_layer_norm=True, target_entropy_scale=-0.5,
+                 backup_entropy=False),
+}  # fmt: skip
+
+
+def check_sac(script, settings: dict, with_actor: bool) -> None:
+    """One update: losses, gradients, Adam's first step, targets."""
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_default_dtype(torch.float64)
+        try:
+            args, agent, batch = make_case(script, gamma=0.9, tau=0.1, actor_lr=1e-2, critic_lr=2e-2, **settings)
+            agent.log_alpha.data.fill_(0.4)
+            draws = {"randn": [], "rand": []}
+            for name, drawn in draws.items():
+                draw = getattr(torch, name)
+                patch.setattr(torch, name, lambda *a, d=draw, n=drawn, **k: n.append(d(*a, **k)) or n[-1])
+            patch.setattr(script, "random_shift", lambda frames, most: frames.flip(2))  # draws nothing
+            twin = copy.deepcopy(agent)
+            metrics = one_update(script, agent, args, batch, with_actor=with_actor)
+            assert [x.shape for x in draws["randn"]] == [(5, 1, 2)] * (1 + with_actor)
+            assert [x.shape for x in draws["rand"]] == [(args.num_critics,)]
+            draws["randn"] += [None] * (not with_actor)
+            losses, gradients = plain_sac(args, twin, batch, draws)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert {name for name in metrics if name.endswith("_loss")} == {f"losses/{name}" for name in losses}
+    for name, loss in losses.items():
+        torch.testing.assert_close(metrics[f"losses/{name}"], loss.detach())
+    before, after = (dict(each.named_parameters()) for each in (twin, agent))
+    for name, old in before.items():
+        if name.startswith("target_"):
+            expected = 0.9 * old + 0.1 * after[name.removeprefix("target_")]
+        elif name in gradients:
+            torch.testing.assert_close(after[name].grad, gradients[name])
+            rate = args.critic_lr if name.startswith(("encoder", "critic")) else args.actor_lr
+            expected = old - rate * gradients[name] / (gradients[name].abs() + 1e-8)
+        else:
+            assert after[name].grad is None, name
+            expected = old
+        torch.testing.assert_close(after[name].detach(), expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+def check_all_of_sac(script) -> None:
+    for settings in SAC_CASES.values():
+        for with_actor in (True, False):
+            check_sac(script, settings, with_actor)
+    check_acting(script)
+    check_probe(script)
+
+
+@pytest.mark.parametrize("with_actor", [True, False])
+@pytest.mark.parametrize("settings", SAC_CASES.values(), ids=SAC_CASES)
+def test_sac_equals_an_oracle(settings, with_actor):
+    check_sac(sac_pixels, settings, with_actor)
+
+
+SAC_MUTANTS = [
+    ("agent.encoder(next_frames), agent.target", "agent.target_encoder(next_frames), agent.target"),
+    ("agent.target_encoder(next_frames)", "agent.encoder(next_frames)"),
+    ("next_frames = random_shift(batch.next_obs", "next_frames = random_shift(batch.obs"),
+    ("next_observations=next_features)", "next_observations=features)"),
+    ("actor.sample(batch.next_observations, 1)", "actor.sample(batch.observations, 1)"),
+    ("actor.sample(batch.next_observations, 1)", "actor.sample(batch.next_observations, 2)"),
+    ("[: args.num_target_critics]", ""),
+    ("agent.target_critic(target_features", "agent.critic(target_features"),
+    ("agent.target_critic(target_features", "agent.target_critic(batch.next_observations"),
+    ("[drawn].amin(0)  # [B, 1]", "[drawn].mean(0)"),
+    ("        if args.backup_entropy:", "        if True:"),
+    ("next_q - alpha * next_log_prob", "next_q"),
+    ("next_q - alpha * next_log_prob", "next_q + alpha * next_log_prob"),
+    ("next_q - alpha * next_log_prob", "next_q - next_log_prob"),
+    ("target = batch.rewards + ", "target = "),
+    ("args.gamma * ", ""),
+    ("(1 - batch.terminations) * ", ""),
+    ("(q_data.squeeze(2) - target).square().mean(1)", "0.5 * (q_data.squeeze(2) - target).square().mean(1)"),
+    ("td_loss.sum().backward()", "td_loss.mean().backward()"),
+    ("    with torch.no_grad():\n        next_action", "    if True:\n        next_action"),
+    ("    if with_actor:", "    if True:"),
+    ("q.amin(0) if args.actor_reduce", "q.mean(0) if args.actor_reduce"),
+    ("q.amin(0) if args.actor_reduce", "q[0] if args.actor_reduce"),
+    ("else q.mean(0)", "else q.amin(0)"),
+    ("actor_loss = (alpha * log_prob - q)", "actor_loss = (log_prob - q)"),
+    ("actor_loss = (alpha * log_prob - q)", "actor_loss = (alpha * log_prob + q)"),
+    ("actor_loss = (alpha * log_prob - q)", "actor_loss = (alpha * log_prob - 2 * q)"),
+    ("agent.log_alpha.exp().detach()", "agent.log_alpha.exp()"),
+    ("log_prob.detach() + args", "log_prob + args"),
+    ("alpha_loss = -(agent", "alpha_loss = (agent"),
+    ("args.target_entropy_scale * action_dim", "args.target_entropy_scale"),
+    ("args.target_entropy_scale * action_dim", "-action_dim"),
+    (".backward(inputs=[*actor.parameters(), agent.log_alpha])", ".backward()"),
+    ("slow.lerp_(fast, args.tau)", "slow.lerp_(fast, 1 - args.tau)"),
+    ("((agent.target_encoder, agent.encoder), (agent.target_critic, critic))", "((agent.target_critic, critic),)"),
+    ('self.log_alpha], "lr": args.actor_lr', 'self.log_alpha], "lr": args.critic_lr'),
+    ("critics = [*self.encoder.parameters(), ", "critics = ["),
+    ("self.acted_steps += len(frames)", "self.acted_steps += 1"),
+    ("if self.acted_steps > self.random_steps", "if self.acted_steps >= self.random_steps"),
+    ("2 * torch.rand_like(actions) - 1", "torch.rand_like(actions)"),
+    ("if not explore:", "if explore:"),
+    ("return torch.tanh(self.actor(features)[0])", "return self.actor(features)[0]"),
+    ("< batch.mc_returns.unsqueeze(1)", "> batch.mc_returns.unsqueeze(1)"),
+    ("features = agent.encoder(batch.observations)  # of", "features = agent.target_encoder(batch.observations)  # of"),
+]  # fmt: skip
+
+
+def test_every_mutant_of_sac_is_caught(tmp_path):
+    check_all_of_sac(sac_pixels)
+    for number, (old, new) in enumerate(SAC_MUTANTS):
+        (tmp_path / str(number)).mkdir()
+        mutant = load_mutant("sac_pixels", old, new, tmp_path / str(number))
+        try:
+            check_all_of_sac(mutant)
+        except (AssertionError, RuntimeError):  # torch refuses some gradients
+            continue
+        pytest.fail(f"sac_pixels passes with {new!r} in place of {old!r}")
+
+
+def test_sac_solves_a_bandit_that_is_seen():
+    """A dark frame and a bright one, s of -1 and 1, and reward -(a - s/2)^2: the best is s/2."""
+    args = sac_pixels.Args(latent_dim=4, actor_layers=(16,), critic_layers=(32,), actor_lr=3e-3, critic_lr=3e-3)
+    torch.manual_seed(0)
+    agent = sac_pixels.Agent(16, 16, 1, 1, args)
+    agent.log_alpha.data.fill_(-5.0)
+    optimizer = agent.prepare(None, args)
+    frames = torch.tensor([60, 200], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 16, 16, 1)
+    for _ in range(300):
+        bright, actions = torch.randint(2, (64,)), torch.rand(64, 1) * 2 - 1
+        rewards = -(actions[:, 0] - (bright - 0.5)).square()
+        batch = sac_pixels.Batch(frames[bright], actions, rewards, frames[bright], torch.ones(64), rewards)
+        sac_pixels.update(agent, optimizer, args, True, True, batch)
+    with torch.no_grad():
+        assert (agent.act(frames, explore=False)[:, 0] - torch.tensor([-0.5, 0.5])).abs().max() < 0.15
+
+
+def test_actor_loss_leaves_the_encoder_untouched_and_targets_follow(script):
     states = []
     for with_actor in (False, True):
-        args, agent, batch = make_case()
+        args, agent, batch = make_case(script)
         before = {name: value.clone() for name, value in agent.state_dict().items()}
-        one_update(agent, args, batch, with_actor=with_actor)
+        one_update(script, agent, args, batch, with_actor=with_actor)
         after = agent.state_dict()
         moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
         learned = {"encoder", "critic", "target_encoder", "target_critic"}
@@ -159,11 +359,11 @@ def test_actor_loss_leaves_the_encoder_untouched_and_targets_follow():
             assert torch.equal(value, states[1][name]), name
 
 
-def test_each_state_is_encoded_once(monkeypatch):
-    args, agent, batch = make_case()
-    seen, forward = [], Encoder.forward
-    monkeypatch.setattr(Encoder, "forward", lambda self, x: (seen.append((self, len(x))), forward(self, x))[1])
-    one_update(agent, args, batch)
+def test_each_state_is_encoded_once(script, monkeypatch):
+    args, agent, batch = make_case(script)
+    seen, forward = [], script.Encoder.forward
+    monkeypatch.setattr(script.Encoder, "forward", lambda self, x: (seen.append((self, len(x))), forward(self, x))[1])
+    one_update(script, agent, args, batch)
     assert sorted(seen, key=lambda call: call[0] is agent.target_encoder) == [
         (agent.encoder, 5),  # s
         (agent.encoder, 5),  # s' for the policy
@@ -171,8 +371,8 @@ def test_each_state_is_encoded_once(monkeypatch):
     ]
 
 
-def test_agent_acts_by_its_mean_or_a_draw():
-    _, agent, batch = make_case()
+def check_acting(script) -> None:
+    _, agent, batch = make_case(script)
     with torch.no_grad():
         features = agent.encoder(batch.observations)
         mean, _ = agent.actor(features)
@@ -181,11 +381,27 @@ def test_agent_acts_by_its_mean_or_a_draw():
         drawn = agent.act(batch.observations, explore=True)
         torch.manual_seed(3)
         assert torch.equal(drawn, agent.actor.sample(features, 1)[0][:, 0]) and not torch.equal(drawn, mean.tanh())
+        if script is pixels:
+            return
+        agent.random_steps, agent.acted_steps = 10, torch.tensor(0)
+        frames = batch.observations[:1].expand(5, -1, -1, -1)
+        agent.actor.log_std_offset.fill_(-9.0)
+        spreads = [agent.act(frames, explore=True).std(0).min() for _ in range(3)]
+        assert spreads[0] > 0.1 and spreads[1] > 0.1 and spreads[2] < 1e-2, "uniform for ten steps"
+        actions = [agent.act(batch.observations, explore=False) for _ in range(2)]
+        assert torch.equal(*actions) and agent.acted_steps == 15, "evaluations do not count"
+        agent.acted_steps -= 15
+        uniform = torch.cat([agent.act(frames, explore=True) for _ in range(2)])
+        assert uniform.min() < 0 < uniform.max() and uniform.abs().max() < 1
 
 
-def test_learning_rates_and_initial_targets():
-    args = Args(latent_dim=6, actor_lr=1e-2, critic_lr=1e-3)
-    agent = Agent(20, 16, 3, 2, args)
+def test_agent_acts_by_its_mean_or_a_draw(script):
+    check_acting(script)
+
+
+def test_learning_rates_and_initial_targets(script):
+    args = script.Args(latent_dim=6, actor_lr=1e-2, critic_lr=1e-3)
+    agent = script.Agent(20, 16, 3, 2, args)
     rates = {id(p): group["lr"] for group in agent.prepare(None, args).param_groups for p in group["params"]}
     assert {rates[id(p)] for p in [*agent.encoder.parameters(), *agent.critic.parameters()]} == {1e-3}
     assert {rates[id(p)] for p in agent.actor.parameters()} == {1e-2}
@@ -193,14 +409,18 @@ def test_learning_rates_and_initial_targets():
         assert torch.equal(ours, target) and not target.requires_grad
 
 
-def test_probe_sees_the_frames_as_they_are():
-    args, agent, batch = make_case()
+def check_probe(script) -> None:
+    args, agent, batch = make_case(script)
     with torch.no_grad():
         features = agent.encoder(batch.observations)
         mean_q = agent.critic(features, batch.actions.unsqueeze(1)).mean()
     batch = batch._replace(mc_returns=torch.tensor([1e6, 1e6, 1e6, -1e6, -1e6]))
-    values = pixels.probe(agent, batch, args)
+    values = script.probe(agent, batch, args)
     assert values == {"mean_q": pytest.approx(mean_q.item()), "mean_mc_return": 2e5, "bound_rate": pytest.approx(0.6)}
+
+
+def test_probe_sees_the_frames_as_they_are(script):
+    check_probe(script)
 
 
 def test_settings_of_the_visual_task_are_the_specification_s():
@@ -213,6 +433,12 @@ def test_settings_of_the_visual_task_are_the_specification_s():
         latent_dim=50, random_shift=4, buffer_size=110_000)  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     assert pixels.parse_args([]) == pixels.task_defaults("pick-place-pixels")
+    sac = vars(sac_pixels.task_defaults("pick-place-pixels"))  # no pre-training, all learning rates 3e-4
+    own = dict(offline_steps=0, actor_lr=3e-4, offline_eval_interval=50_000)
+    shared = (args.keys() & sac.keys()) - own.keys()
+    assert {name: sac[name] for name in own} == own and {name: sac[name] for name in shared} == {
+        name: args[name] for name in shared
+    }
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
@@ -374,6 +600,11 @@ TINY = """--offline-steps 12 --online-steps 30 --offline-eval-interval 5 --onlin
 DOTS = ["--env-id", "test/dot-v0", *TINY]
 
 
+def tiny(script) -> list[str]:
+    """TINY with what the script has: SAC samples no actions, and begins with random ones."""
+    return TINY if script is pixels else [*" ".join(TINY).replace("--num-actions 2", "--random-steps 9").split()]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def datasets_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("minari")
@@ -390,7 +621,7 @@ def run_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
-    pixels.SIGNALS.clear()
+    pixels.SIGNALS.clear(), sac_pixels.SIGNALS.clear()
     torch.set_flush_denormal(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -427,18 +658,18 @@ def check_equal(run: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(datasets_path, tmp_path_factory):
+def whole(script, datasets_path, tmp_path_factory):
     """A run that nothing interrupts."""
     path = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        assert main(DOTS) == 0
+        assert script.main(["--env-id", "test/dot-v0", *tiny(script)]) == 0
         return path / take_run("run")
 
 
-def test_script_copied_alone_runs_the_task_through_both_phases(run_folder):
+def test_script_copied_alone_runs_the_task_through_both_phases(script, run_folder):
     """With the module `collect.pick_place` of the folder it is started in."""
-    shutil.copy(SCRIPT, run_folder)
+    copied = Path(shutil.copy(script.__file__, run_folder)).name
     Path("collect").mkdir()
     Path("collect/pick_place.py").write_text(
         "import gymnasium\n"
@@ -449,7 +680,7 @@ def test_script_copied_alone_runs_the_task_through_both_phases(run_folder):
         write_dots("cal-ql/pick-place/pixels-v0", env_id="cal-ql/PickPlaceCamera-v0")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     process = subprocess.run(
-        [sys.executable, SCRIPT.name, *TINY], cwd=run_folder, capture_output=True, text=True, env=environment
+        [sys.executable, copied, *tiny(script)], cwd=run_folder, capture_output=True, text=True, env=environment
     )
     minari.delete_dataset("cal-ql/pick-place/pixels-v0")
     assert process.returncode == 0, process.stderr
@@ -463,8 +694,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", [9, 40])
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(call, whole, monkeypatch):
-    calls = []
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(call, script, whole, monkeypatch):
+    calls, update = [], script.update
 
     def killing_update(*arguments):
         calls.append(1)
@@ -473,20 +704,20 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(call, whole, monkeyp
         return update(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "update", killing_update)
+        patch.setattr(script, "update", killing_update)
         with pytest.raises(Killed):
-            main(DOTS)
+            script.main(["--env-id", "test/dot-v0", *tiny(script)])
     run = take_run("killed")
     assert len(read_rows(run)) < len(read_rows(whole))
     torch.manual_seed(99)  # the random state comes from the checkpoint
-    assert main(["--resume", str(run)]) == 0
+    assert script.main(["--resume", str(run)]) == 0
     check_equal(run, whole)
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     assert [len(column) for column in state["buffer"]["online"]] == [25] * 6  # the ring was full
 
 
-def test_signal_saves_and_the_run_goes_on_from_there(whole, monkeypatch):
-    calls = []
+def test_signal_saves_and_the_run_goes_on_from_there(script, whole, monkeypatch):
+    calls, update = [], script.update
 
     def stopped_update(*arguments):
         calls.append(1)
@@ -495,14 +726,14 @@ def test_signal_saves_and_the_run_goes_on_from_there(whole, monkeypatch):
         return update(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pixels, "update", stopped_update)
+        patch.setattr(script, "update", stopped_update)
         with pytest.raises(SystemExit) as stop:
-            main(DOTS)
+            script.main(["--env-id", "test/dot-v0", *tiny(script)])
     run = take_run("stopped")
     assert stop.value.code == 143
     assert torch.load(run / "checkpoint.pt", weights_only=True)["progress"]["updates"] == 8
-    pixels.SIGNALS.clear()
-    assert main(["--resume", str(run)]) == 0
+    script.SIGNALS.clear()
+    assert script.main(["--resume", str(run)]) == 0
     check_equal(run, whole)
 
 
@@ -649,3 +880,61 @@ def test_cameras_in_one_process_draw_each_its_own_scene():
     assert np.array_equal(together, alone)
     other.close()
     assert np.array_equal(one.reset(seed=1)[0], alone[1])  # closing one leaves the other
+
+
+# ---- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestGraph:
+    def make_step(self, script, captured: bool):
+        """An agent on the GPU and its update, as a CUDA graph or as it is."""
+        args, agent, _ = make_case(script, actor_lr=1e-4, critic_lr=1e-4)
+        agent = agent.cuda()
+        step = functools.partial(script.update, agent, agent.prepare(None, args), args, False, True)
+        graphs = importlib.import_module("tensordict.nn")
+        return agent, graphs.CudaGraphModule(step, warmup=3) if captured else step
+
+    def make_cuda_batch(self, script, seed: int):
+        torch.manual_seed(seed)
+        return script.Batch(*(values.cuda() for values in make_batch(script, seed)))
+
+    def test_updates_equal_those_without_a_graph(self, script, monkeypatch):
+        """With constant numbers in place of the random ones, which a graph draws from states of its own."""
+        batches, cases = [self.make_cuda_batch(script, k) for k in range(30)], []
+        for captured in (True, False):
+            cases.append(self.make_step(script, captured))
+        for name, number in (("randn", 0.3), ("rand", 0.7), ("randint", 2)):
+            draw = getattr(torch, name)
+            monkeypatch.setattr(torch, name, lambda *a, d=draw, n=number, **k: torch.full_like(d(*a, **k), n))
+        for name, value in (("deterministic", True), ("allow_tf32", False)):  # of the convolutions
+            monkeypatch.setattr(torch.backends.cudnn, name, value)
+        results = []
+        for agent, step in cases:
+            before = [parameter.clone() for parameter in agent.parameters()]
+            losses = [step(batch)["losses/qf_loss"].item() for batch in batches]
+            moved = [name for name, old in zip(dict(agent.named_parameters()), before, strict=True)
+                     if not torch.equal(old, dict(agent.named_parameters())[name])]  # fmt: skip
+            assert {name.split(".")[0] for name in moved} >= {"encoder", "target_encoder", "actor", "critic"}
+            results.append((losses, [parameter.detach() for parameter in agent.parameters()]))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+        for ours, theirs in zip(results[0][1], results[1][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+    def test_new_frames_take_effect_and_every_call_draws_anew(self, script):
+        agent, step = self.make_step(script, captured=True)
+        frozen = {name: value.clone() for name, value in agent.state_dict().items()}
+        black, white = (self.make_cuda_batch(script, 0) for _ in range(2))
+        black.observations.zero_(), white.observations.fill_(255)
+        mean_q = []
+        for batch in (black, white):
+            rows = []
+            for _ in range(8):
+                agent.load_state_dict(frozen)
+                rows.append({name: value.item() for name, value in step(batch).items()})
+            assert len({row["losses/qf_loss"] for row in rows}) == 8
+            # A shift leaves a plain frame as it is: Q of the data tells the frames alone.
+            mean_q.append(rows[0]["calibration/mean_q"])
+            assert [row["calibration/mean_q"] for row in rows] == pytest.approx([mean_q[-1]] * 8, rel=1e-2)
+        assert mean_q[0] != pytest.approx(mean_q[1], rel=0.05)

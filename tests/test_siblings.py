@@ -19,6 +19,7 @@ SCRIPTS = [
 ]
 STATEMENT = "q_next, q_pi = torch.maximum(q_next, mc_return), torch.maximum(q_pi, mc_return)"
 BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
+WITH_SAC_PIXELS = [*SCRIPTS, "baselines/sac_pixels.py"]
 # Common sections of the main file that a script leaves out, or has a version of its own of: none here.
 LEFT_OUT: dict[str, set[str]] = {}
 # Classes and functions of the main file that each script has its own version of; all others are the same to the letter.
@@ -29,6 +30,7 @@ OWN = {
     "sac_offline_data.py": {"Args", "Agent", "update", "probe"},
     "cal_ql_pixels.py": PIXELS,
     "baselines/cql_pixels.py": PIXELS,
+    "baselines/sac_pixels.py": PIXELS,
     "baselines/iql_continuous.py": RIVAL,
     "baselines/awac_continuous.py": RIVAL,
     "baselines/td3_bc_continuous.py": RIVAL,
@@ -142,15 +144,38 @@ def test_cal_ql_is_cql_and_one_statement(pair):
     assert [line[:7] for line in difference] == ["-     #", "+     #", "+      "] and STATEMENT in difference[2]
 
 
-def test_sac_has_no_setting_of_cql():
-    (args,) = (node for node in ast.parse(read("sac_offline_data.py")).body if getattr(node, "name", "") == "Args")
+def code_between(old: str, new: str) -> list[str]:
+    """The statements that are in one of two definitions alone; docstrings and comments do not count."""
+    lines = []
+    for text in (old, new):
+        (node,) = ast.parse(text).body
+        node.body = node.body[1:]
+        lines.append(ast.unparse(node).splitlines())
+    return [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
+
+
+def test_sac_from_pixels_is_sac_as_cal_ql_from_pixels_is_cal_ql():
+    """All but the algorithm is cal_ql_pixels.py's, and images add to the algorithm what they add to Cal-QL's."""
+    states, pixels = definitions("cal_ql_continuous.py"), definitions("cal_ql_pixels.py")
+    sac, ours = definitions("sac_offline_data.py"), definitions("baselines/sac_pixels.py")
+    assert ours.keys() == pixels.keys()
+    assert {part for part in ours if ours[part] != pixels[part]} == OWN["sac_offline_data.py"]
+    assert code_between(sac["Args"], ours["Args"]) == code_between(states["Args"], pixels["Args"])
+    expected = [line.replace("target_actions", "next_action")  # the target's many actions are one in SAC
+                for line in code_between(states["update"], pixels["update"])]  # fmt: skip
+    assert code_between(sac["update"], ours["update"]) == expected and len(expected) > 5
+
+
+@pytest.mark.parametrize("name", ["sac_offline_data.py", "baselines/sac_pixels.py"])
+def test_sac_has_no_setting_of_cql(name):
+    (args,) = (node for node in ast.parse(read(name)).body if getattr(node, "name", "") == "Args")
     settings = [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
     assert "backup_entropy" in settings
     left = [name for name in settings if re.search("cql|gap|importance|num_actions", name)]
     assert not left
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", WITH_SAC_PIXELS)
 def test_a_script_is_short_enough_to_read(name):
     lines = read(name).splitlines()
     assert len(lines) <= 750
@@ -163,7 +188,7 @@ def test_a_script_is_short_enough_to_read(name):
         assert len(nested) <= 3, f"{node.name} has too many functions inside"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", WITH_SAC_PIXELS)
 def test_scripts_import_neither_each_other_nor_a_shared_module(name):
     imported = {
         alias.name if isinstance(node, ast.Import) else node.module
@@ -174,7 +199,7 @@ def test_scripts_import_neither_each_other_nor_a_shared_module(name):
     assert not {module for module in imported if (ROOT / f"{module.split('.')[0]}.py").exists()}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", WITH_SAC_PIXELS)
 def test_a_script_copied_alone_helps_and_fails_well(name, tmp_path):
     (tmp_path / "minari").mkdir()
     script = Path(shutil.copy(ROOT / name, tmp_path)).name
@@ -186,9 +211,10 @@ def test_a_script_copied_alone_helps_and_fails_well(name, tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     result = run("--help")
-    assert result.returncode == 0 and "antmaze-large-diverse" in result.stdout and not result.stderr
+    task = "pick-place-pixels" if "pixels" in name else "antmaze-large-diverse"
+    assert result.returncode == 0 and task in result.stdout and not result.stderr
     result = run("--env-id", "cal-ql/none/here-v0")
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert "cal-ql/none/here-v0" in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "minari"])  # no half-made run
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([script, "minari"])  # no half-made run

@@ -50,6 +50,7 @@ SCRIPTS = {
     "cql_continuous": "CQL",
     "cql_pixels": "CQL",
     "sac_offline_data": "SAC + offline data",
+    "sac_pixels": "SAC + offline data",
     "iql_continuous": "IQL",
     "awac_continuous": "AWAC",
     "td3_bc_continuous": "TD3+BC",
@@ -162,9 +163,9 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 def name_algorithm(script: str, config: dict) -> str:
     """The algorithm that a script ran with these settings; {} where config.json is missing."""
-    usual = 5 if script in ("cal_ql_pixels", "cql_pixels") else 1
+    usual = 5 if script.endswith("_pixels") else 1
     label, ratio = SCRIPTS.get(script, script), config.get("utd_ratio", usual)
-    if script == "sac_offline_data":
+    if script in ("sac_offline_data", "sac_pixels"):
         if config.get("num_critics") == 10:
             return "RLPD"
         label = {-1: label, 0: "SAC"}.get(config.get("mixing_ratio", -1), "Hybrid RL")

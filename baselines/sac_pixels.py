@@ -1,0 +1,739 @@
+"""SAC from camera images, with offline data: online reinforcement learning without pre-training.
+
+The algorithm of sac_offline_data.py on the frames, replay and encoder of cal_ql_pixels.py: soft actor-critic (Haarnoja
+et al. 2018, arXiv:1812.05905) has no regulariser and no offline phase. Its target takes one action at s', entropy
+included:
+
+    min_Q  E[ (Q(s,a) - target)^2 ],   target = r + gamma (1 - d) ( min_i Q_i(s',a') - alpha log pi(a'|s') ),  a' ~ pi
+
+How much of a batch is offline data makes the baselines of the paper's visual task:
+
+    python baselines/sac_pixels.py --env-id pick-place-pixels                      # Hybrid RL: the task's mixing ratio
+    python baselines/sac_pixels.py --env-id pick-place-pixels --mixing-ratio -1    # SAC + offline data: all alike
+    python baselines/sac_pixels.py --env-id pick-place-pixels --mixing-ratio 0     # SAC from scratch
+    python baselines/sac_pixels.py --resume runs/<run>                             # continues a run
+"""
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import minari
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tensordict.nn import CudaGraphModule
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Args:
+    """The settings of a run. `task_defaults(env_id)` gives those for a task."""
+
+    env_id: str = "pick-place-pixels"  # a task of the table TASKS, or a Minari dataset id with images as observations
+    # --- Run and protocol
+    seed: int = 1  # of networks, batches and episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
+    threads: int = 0  # CPU threads; 0 leaves the choice to torch
+    resume: str | None = None  # folder of a run to continue; step totals, intervals, device, threads, track may change
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
+    offline_steps: int = 500_000  # gradient updates of the offline phase
+    online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
+    offline_eval_interval: int = 50_000  # updates between two evaluations offline
+    online_eval_interval: int = 5_000  # environment steps between two evaluations online
+    eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
+    eval_async: bool = False  # play each of them in a process of its own, instead of all in this one
+    episode_length: int = 0  # time limit of an episode in steps; 0 keeps the environment's own
+    reward_scale: float = 1.0  # rewards are multiplied by this ...
+    reward_bias: float = 0.0  # ... and this is added
+    buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
+    mixing_ratio: float = 0.5  # share of offline transitions in an online batch; below 0 all are sampled alike
+    batch_size: int = 256  # transitions in a batch
+    gamma: float = 0.99  # discount
+    utd_ratio: int = 1  # updates per environment step
+    actor_interval: int = 1  # updates of the critics per update of the actor
+    # --- Online from the start
+    random_steps: int = 0  # environment steps at the start whose actions are uniformly random
+    # --- Images
+    latent_dim: int = 50  # features that the encoder makes of a frame
+    random_shift: int = 4  # most pixels that a sampled frame is shifted by, up or down and left or right
+    # --- Actor-critic
+    tau: float = 0.005  # rate at which target critics and target encoder follow the learned ones
+    actor_lr: float = 3e-4  # learning rate of the actor and the temperature
+    critic_lr: float = 3e-4  # learning rate of encoder and critics
+    actor_layers: tuple[int, ...] = (256, 256)  # hidden layers of the actor
+    critic_layers: tuple[int, ...] = (256, 256)  # hidden layers of each critic
+    num_critics: int = 2  # critics in the ensemble
+    num_target_critics: int = 2  # critics drawn for each Bellman target, whose minimum it takes
+    critic_layer_norm: bool = False  # layer norm before each ReLU of the critics
+    actor_reduce: Literal["min", "mean"] = "min"  # how the actor's objective combines the critics
+    target_entropy_scale: float = -1.0  # times the number of action dimensions: the entropy that alpha steers to
+    backup_entropy: bool = True  # subtract alpha log pi(a'|s') from Q in the Bellman target
+
+
+# --- Batch and networks (common) --------------------------------------------------------------------------------------
+# Transitions: observations [B, O], actions [B, A] in (-1, 1), rewards [B] scaled and biased, next_observations [B, O],
+# terminations [B] (1.0 where the environment ended the episode, 0.0 at a time limit), mc_returns [B] from here on.
+Batch = namedtuple("Batch", "observations actions rewards next_observations terminations mc_returns")
+
+
+class Critic(nn.Module):
+    """An ensemble of N critics on concat(s, a); each layer is one batched matrix product over the N."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.layer_norm = args.critic_layer_norm
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in itertools.pairwise([obs_dim + action_dim, *args.critic_layers, 1]):
+            self.weights.append(torch.empty(args.num_critics, i, o))
+            self.biases.append(torch.zeros(args.num_critics, 1, o))
+        for layer in self.weights:
+            for weight in layer.data:
+                nn.init.orthogonal_(weight, 0.01 if layer is self.weights[-1] else 2**0.5)
+
+    def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Q-values [N, B, K] of K actions for each state: observations [B, O], actions [B, K, A]."""
+        x = torch.cat([observations.unsqueeze(1).expand(-1, actions.shape[1], -1), actions], dim=2).flatten(0, 1)
+        x = x @ self.weights[0] + self.biases[0]  # [B*K, O+A] @ [N, O+A, H] + [N, 1, H] -> [N, B*K, H]
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = torch.baddbmm(bias, F.relu(x), weight)
+        return x.squeeze(2).unflatten(1, actions.shape[:2])
+
+
+class Actor(nn.Module):
+    """A tanh-Gaussian policy; two learnable scalars rescale its log standard deviation (the authors' code)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        layers = []
+        for i, o in itertools.pairwise([obs_dim, *args.actor_layers, 2 * action_dim]):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])  # no ReLU after the last
+        for layer in self.net[::2]:
+            nn.init.orthogonal_(layer.weight, 0.01 if layer is self.net[-1] else 2**0.5)
+            nn.init.zeros_(layer.bias)
+        self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation [B, A] of the Gaussian under the tanh, for observations [B, O]."""
+        mean, log_std = self.net(observations).chunk(2, dim=1)
+        return mean, (self.log_std_multiplier * log_std + self.log_std_offset).clamp(-20.0, 2.0)
+
+    def sample(self, observations: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k actions for each state [B, k, A] and their log-densities [B, k], for observations [B, O]."""
+        mean, log_std = self(observations)
+        mean, log_std = mean.unsqueeze(1), log_std.unsqueeze(1)
+        noise = torch.randn(len(mean), k, mean.shape[2], device=mean.device, dtype=mean.dtype)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2), without cancellation
+        return torch.tanh(u), (log_normal - log_det).sum(2)
+
+
+# --- Encoder ----------------------------------------------------------------------------------------------------------
+# In a Batch or an Episode an observation is a frame [H, W, C] of uint8; what actor and critics see are its O features.
+class Encoder(nn.Module):
+    """Features of a frame: four convolutions, each of which halves height and width, linear layer, layer norm, tanh."""
+
+    def __init__(self, height: int, width: int, channels: int, args: Args):
+        super().__init__()
+        layers = []
+        for i, o in itertools.pairwise([channels, 16, 32, 32, 32]):
+            layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(32 * math.ceil(height / 16) * math.ceil(width / 16), args.latent_dim)]
+        self.net = nn.Sequential(*layers, nn.LayerNorm(args.latent_dim, elementwise_affine=False), nn.Tanh())
+        for layer in self.net:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, 2**0.5)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """Features [B, O] of frames [B, H, W, C]."""
+        return self.net(frames.permute(0, 3, 1, 2) / 255 - 0.5)
+
+
+def random_shift(frames: torch.Tensor, most: int) -> torch.Tensor:
+    """Shifts each of the frames [B, H, W, C] by up to `most` pixels each way, and repeats its edge where it leaves."""
+    batch_size, height, width, _ = frames.shape
+    down, right = torch.randint(-most, most + 1, (2, batch_size, 1), device=frames.device)  # [B, 1] each
+    rows = (torch.arange(height, device=frames.device) - down).clamp(0, height - 1)  # [B, H]
+    columns = (torch.arange(width, device=frames.device) - right).clamp(0, width - 1)  # [B, W]
+    each = torch.arange(batch_size, device=frames.device)[:, None, None]
+    return frames[each, rows.unsqueeze(2), columns.unsqueeze(1)]
+
+
+# --- Agent and update -------------------------------------------------------------------------------------------------
+class Agent(nn.Module):
+    """All that learns: encoder, actor, critics, slow copies for targets, temperature. It counts its steps online."""
+
+    def __init__(self, height: int, width: int, channels: int, action_dim: int, args: Args):
+        super().__init__()
+        self.encoder = Encoder(height, width, channels, args)
+        self.actor = Actor(args.latent_dim, action_dim, args)
+        self.critic = Critic(args.latent_dim, action_dim, args)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.random_steps = args.random_steps
+        self.register_buffer("acted_steps", torch.tensor(0))  # in the checkpoint: a resumed run goes on counting
+
+    def prepare(self, buffer: "ReplayBuffer", args: Args) -> torch.optim.Optimizer:
+        """Makes the optimizer, in which the actor's and the critics' sides have learning rates of their own."""
+        critics = [*self.encoder.parameters(), *self.critic.parameters()]
+        actor_side = {"params": [*self.actor.parameters(), self.log_alpha], "lr": args.actor_lr}
+        critic_side = {"params": critics, "lr": args.critic_lr}
+        return torch.optim.Adam([actor_side, critic_side], fused=True, capturable=self.log_alpha.is_cuda)
+
+    def act(self, frames: torch.Tensor, explore: bool) -> torch.Tensor:
+        """Actions [B, A]: online uniform ones at first, then drawn from the policy; deterministic in evaluations."""
+        features = self.encoder(frames)
+        if not explore:
+            return torch.tanh(self.actor(features)[0])
+        actions = self.actor.sample(features, 1)[0].squeeze(1)
+        self.acted_steps += len(frames)
+        return actions if self.acted_steps > self.random_steps else 2 * torch.rand_like(actions) - 1
+
+
+def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, batch: Batch) -> dict:
+    """One update: all gradients at the old parameters, one Adam step of everything, then the targets.
+
+    `with_actor` says whether actor and temperature step too; an update is the same `online` as offline. Returns
+    scalars to log, which stay on the device.
+    """
+    actor, critic, device = agent.actor, agent.critic, batch.actions.device
+    action_dim = batch.actions.shape[1]
+    alpha = agent.log_alpha.exp().detach()
+
+    # Each state is encoded once for all its actions, by an encoder that learns from the critics' loss alone.
+    features = agent.encoder(random_shift(batch.observations, args.random_shift))  # [B, O]
+    with torch.no_grad():
+        next_frames = random_shift(batch.next_observations, args.random_shift)
+        next_features, target_features = agent.encoder(next_frames), agent.target_encoder(next_frames)
+    batch = batch._replace(observations=features, next_observations=next_features)
+
+    # Bellman target [B]: minimum over critics at one action of pi(s'), and the entropy of pi(s').
+    with torch.no_grad():
+        next_action, next_log_prob = actor.sample(batch.next_observations, 1)
+        drawn = torch.rand(args.num_critics, device=device).argsort()[: args.num_target_critics]  # a random subset
+        next_q = agent.target_critic(target_features, next_action)[drawn].amin(0)  # [B, 1]
+        if args.backup_entropy:
+            next_q = next_q - alpha * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q.squeeze(1)
+
+    # Critics: the Bellman error alone.
+    q_data = critic(batch.observations, batch.actions.unsqueeze(1))  # [N, B, 1]
+    td_loss = (q_data.squeeze(2) - target).square().mean(1)  # [N]; there is no 1/2
+    metrics = {"losses/qf_loss": td_loss.mean(), "losses/alpha": alpha, "calibration/mean_q": q_data.mean()}
+    optimizer.zero_grad()
+    td_loss.sum().backward()
+
+    # Actor and temperature.
+    if with_actor:
+        pi_action, log_prob = actor.sample(batch.observations, 1)
+        q = critic(batch.observations, pi_action)  # [N, B, 1]
+        q = q.amin(0) if args.actor_reduce == "min" else q.mean(0)
+        actor_loss = (alpha * log_prob - q).mean()
+        alpha_loss = -(agent.log_alpha * (log_prob.detach() + args.target_entropy_scale * action_dim)).mean()
+        # `inputs` keeps the actor's loss out of the critics' and the encoder's gradients.
+        (actor_loss + alpha_loss).backward(inputs=[*actor.parameters(), agent.log_alpha])
+        metrics |= {"losses/actor_loss": actor_loss, "losses/alpha_loss": alpha_loss}
+
+    optimizer.step()  # Adam skips parameters without a gradient
+    with torch.no_grad():
+        for target, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
+            for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
+                slow.lerp_(fast, args.tau)
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
+    """Mean Q and mean return of the data, and the share of policy actions with Q below the return (figures 3, 8)."""
+    features = agent.encoder(batch.observations)  # of the frames as they are, not shifted
+    q_data = agent.critic(features, batch.actions.unsqueeze(1))
+    q_pi = agent.critic(features, agent.actor.sample(features, 1)[0])  # [N, B, 1]
+    bound_rate = (q_pi < batch.mc_returns.unsqueeze(1)).float().mean().item()
+    return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": bound_rate}
+
+
+# --- Settings of the tasks --------------------------------------------------------------------------------------------
+# Steps and updates per step are the paper's (appendix G.4); gamma and rewards are those of a co-author's later code,
+# intervals ours.
+SETTINGS: dict[str, dict] = {
+    "every task": dict(offline_steps=0, buffer_size=110_000),  # frames: T + 1 of an episode of T steps
+    "visual": dict(
+        gamma=0.96, reward_scale=11.0, reward_bias=-1.0, utd_ratio=5, online_steps=100_000, online_eval_interval=2_000),
+}  # fmt: skip
+# The limits of these settings, where they are not those of a positive number.
+LIMITS = dict(random_steps=(0, 2**62), target_entropy_scale=(-1e9, 1e9), latent_dim=(2, 1e4), random_shift=(0, 1e3))
+Task = namedtuple("Task", "domain datasets")  # the key of its SETTINGS, and the datasets whose episodes are joined
+TASKS: dict[str, Task] = {"pick-place-pixels": Task("visual", ("cal-ql/pick-place/pixels-v0",))}
+
+
+# --- Task lookup ------------------------------------------------------------------------------------------------------
+class InputError(Exception):
+    """Something the user can put right; its message is one sentence that says how."""
+
+
+def find_task(env_id: str) -> Task:
+    """A task by its name; any Minari id is a task as it stands. Raises InputError for anything else."""
+    if env_id not in TASKS and not re.fullmatch(r"([\w-]+/)+[\w-]+-v\d+", env_id):
+        raise InputError(f"--env-id {env_id!r} is no Minari dataset id and none of the tasks {', '.join(TASKS)}.")
+    return TASKS.get(env_id, Task("any other", (env_id,)))
+
+
+def task_defaults(env_id: str) -> Args:
+    """The settings of a task: those of every task, then its domain's, then its own."""
+    names = ("every task", find_task(env_id).domain, env_id)
+    return Args(**functools.reduce(dict.__or__, (SETTINGS.get(name, {}) for name in names), {"env_id": env_id}))
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+# T steps: states [T+1, O], actions [T, A] in (-1, 1), rewards [T] as the task gives them, terminations [T].
+Episode = namedtuple("Episode", "observations actions rewards terminations")
+
+
+def open_dataset(dataset_id: str) -> minari.MinariDataset:
+    """Opens a Minari dataset, downloading it where it is missing. Raises InputError where that fails."""
+    path, ours = minari.storage.get_dataset_path(dataset_id), dataset_id.startswith("cal-ql/")
+    remedy = "the Cal-QL repository's `collect` makes it" if ours else f"run `minari download {dataset_id}`"
+    try:
+        if not ours and not (path / "data").exists():
+            print(f"{dataset_id} is not at {path}: downloading it ...", flush=True)
+        dataset = minari.load_dataset(dataset_id, download=not ours)
+        box = dataset.action_space
+        if dataset.id != dataset_id or len(box.shape) != 1 or not box.is_bounded() or (box.low >= box.high).any():
+            raise ValueError(f"it is {dataset.id} with actions {box}, and these must be a bounded vector")
+    except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
+        raise InputError(f"cannot open {dataset_id} at {path} ({error!r}): if damaged, remove it; {remedy}.") from error
+    return dataset
+
+
+def monte_carlo_returns(rewards: np.ndarray, terminations: np.ndarray, gamma: float, tail: float) -> np.ndarray:
+    """G_t = r_t + gamma (1 - d_t) G_{t+1} [T] for scaled rewards [T]; `tail` is G_T, what comes after the last step."""
+    returns, following = np.zeros(len(rewards), np.float32), tail
+    for t in reversed(range(len(rewards))):
+        returns[t] = following = float(rewards[t]) + (0.0 if terminations[t] else gamma * following)
+    return returns
+
+
+# --- Frames and actions -----------------------------------------------------------------------------------------------
+def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env) -> Iterator:
+    """Gives the number of all frames, then each episode as it is read: none is held twice. Raises InputError."""
+    frames_left = sum(dataset.total_steps + dataset.total_episodes for dataset in datasets)
+    yield frames_left
+    seen, outside, successes = [], [], 0
+    for dataset, k in ((each, k) for each in datasets for k in range(each.total_episodes)):
+        box = dataset.action_space
+        try:
+            (data,) = dataset.iterate_episodes([k])
+            steps = len(data.rewards)
+            frames_left -= steps + 1
+            names, kinds = ("observations", "actions", "rewards", "terminations"), ("u", "fiu", "fiub", "fiub")
+            columns = data.observations, data.actions, data.rewards, data.terminations
+            shapes = (steps + 1, *env.observation_space.shape), (steps, *box.shape), (steps,), (steps,)
+            for name, kind, values, shape in zip(names, kinds, columns, shapes, strict=True):
+                if values.shape != shape or values.dtype.kind not in kind or not np.isfinite(values).all():
+                    raise ValueError(f"{name} {values.dtype}{list(values.shape)} must be finite numbers {list(shape)}")
+            if steps == 0 or frames_left < 0:
+                raise ValueError("it has no step, or more than the dataset's metadata say")
+        except Exception as error:  # whatever a damaged file does
+            raise InputError(f"episode {k} of {dataset.id}: {error}; repair it or leave it out.") from error
+        actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
+        outside.append(np.abs(actions) > 1)
+        seen.append(actions.clip(-0.99999, 0.99999))
+        successes += bool(data.rewards.max() > 0)
+        yield Episode(data.observations, seen[-1], data.rewards.astype(np.float32), data.terminations.astype(bool))
+    clipped = np.concatenate(outside).mean() if seen else 1.0
+    if clipped > 0.2:
+        raise InputError(f"{' and '.join(task.datasets)}: no usable episode, or actions outside of the declared box.")
+    low, high = np.quantile(np.concatenate(seen), [0.01, 0.99], axis=0)  # [A]
+    print(f"data: {len(seen)} episodes, {successes} with reward > 0; actions fill {np.mean(high - low) / 2:.0%} of "
+          f"their box, {clipped:.2%} clipped")  # fmt: skip
+
+
+# --- Replay -----------------------------------------------------------------------------------------------------------
+class ReplayBuffer:
+    """The offline frames, then a ring of `args.buffer_size` online ones, in tensors on the training device.
+
+    An episode of T steps fills T + 1 slots in a row, so that each frame is kept once: slot t holds transition t, whose
+    next frame is in the next slot; the last slot holds a frame alone and is never sampled. Episodes enter whole and
+    with their returns: no transition is sampled before its return is known. `sparse` rewards are those of the tasks of
+    the table: the returns of episodes that time cuts off then get a tail.
+    """
+
+    def __init__(self, episodes: Iterator, args: Args, sparse: bool, device: torch.device):
+        """Takes the number of offline frames, and then their episodes one by one."""
+        self.args, self.sparse, self.device = args, sparse, device
+        self.ring, first = next(episodes), next(episodes)  # `ring` is where the ring begins
+        self.size, self.cursor, self.filled = self.ring + args.buffer_size, 0, 0
+        empty = functools.partial(torch.empty, device=device)
+        frames = empty(self.size, *first.observations.shape[1:], dtype=torch.uint8)
+        # With the frames: actions [A], rewards, terminations, returns, and whether the slot holds a transition.
+        self.columns = [frames, empty(self.size, *first.actions.shape[1:]), *empty(4, self.size)]
+        self.columns[-1].zero_()
+        end = 0
+        for episode in itertools.chain([first], episodes):
+            end += len(episode.rewards) + 1
+            self.write(episode, torch.arange(end - len(episode.rewards) - 1, end))
+        self.offline, self.online = self.find_transitions(0, self.ring), self.find_transitions(self.ring, self.ring)
+
+    def find_transitions(self, start: int, end: int) -> torch.Tensor:
+        """The slots in [start, end) that may be sampled."""
+        return start + self.columns[-1][start:end].nonzero().squeeze(1)
+
+    def write(self, episode: Episode, index: torch.Tensor) -> None:
+        """Writes the last len(index) frames of an episode, with their transitions and returns, at `index`."""
+        frames, actions, rewards, terminations = episode
+        rewards = rewards * self.args.reward_scale + self.args.reward_bias
+        # A time limit is not an end: the last reward is assumed to repeat for ever, as the authors do for failures.
+        tail = float(rewards[-1]) / (1 - self.args.gamma) if self.sparse else 0.0
+        returns = monte_carlo_returns(rewards, terminations, self.args.gamma, tail)
+        transitions = actions, rewards, terminations, returns, np.ones_like(returns)
+        columns = [frames, *(np.concatenate([values, np.zeros_like(values[:1])]) for values in transitions)]
+        for column, values in zip(self.columns, columns, strict=True):
+            column[index.to(self.device)] = torch.as_tensor(values[-len(index) :]).to(column)
+
+    def add(self, episode: Episode) -> None:
+        """Appends an online episode; the oldest online frames make room for it."""
+        size, count = self.args.buffer_size, min(len(episode.rewards) + 1, self.args.buffer_size)
+        self.write(episode, self.ring + (self.cursor + torch.arange(count)) % size)
+        self.cursor, self.filled = (self.cursor + count) % size, min(self.filled + count, size)
+        self.online = self.find_transitions(self.ring, self.ring + self.filled)
+
+    def sample(self, batch_size: int) -> Batch:
+        """int(share * B) offline transitions and the rest online (appendix H.2), with replacement."""
+        share = self.args.mixing_ratio
+        if share < 0 or len(self.online) == 0:
+            share = len(self.offline) / (len(self.offline) + len(self.online))
+        count = int(share * batch_size)
+        offline = torch.randint(len(self.offline), (count,), device=self.device)
+        online = torch.randint(max(len(self.online), 1), (batch_size - count,), device=self.device)
+        slots = torch.cat([self.offline[offline], self.online[online]])
+        following = torch.where(slots + 1 == self.size, self.ring, slots + 1)  # the ring closes
+        frames, actions, rewards, terminations, returns, _ = self.columns
+        return Batch(
+            frames[slots], actions[slots], rewards[slots], frames[following], terminations[slots], returns[slots]
+        )
+
+    def state_dict(self) -> dict:
+        """The online slots; the offline ones are read from the dataset again."""
+        online = [column[self.ring :][: self.filled].clone() for column in self.columns]
+        return {"online": online, "cursor": self.cursor, "num_offline": len(self.offline)}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["num_offline"] != len(self.offline):
+            raise InputError("the dataset has changed since this run began: restore it, or start a new run.")
+        self.cursor, self.filled = state["cursor"], len(state["online"][0])
+        for column, values in zip(self.columns, state["online"], strict=True):
+            column[self.ring :][: self.filled] = values
+        self.online = self.find_transitions(self.ring, self.ring + self.filled)
+
+
+# --- Environments -----------------------------------------------------------------------------------------------------
+class TaskEnv(gym.Wrapper):
+    """The task: a new frame each step, actions in [-1, 1] for `box`, the score in each info."""
+
+    def __init__(self, env: gym.Env, box: gym.spaces.Box):
+        super().__init__(env)
+        self.box = box
+        self.action_space = gym.spaces.Box(-1.0, 1.0, box.shape, np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        # A copy: some environments draw into one array, or return it flipped.
+        return np.array(self.env.reset(seed=seed, options=options)[0]), {}
+
+    def step(self, action: np.ndarray):
+        # The dataset's box says what the policy's -1 and 1 mean; the environment's own may be another.
+        action = self.box.low + (action + 1) / 2 * (self.box.high - self.box.low)
+        action = np.clip(action, self.env.action_space.low, self.env.action_space.high)
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        score = float(info.get("success", np.nan))  # NaN where nothing tells
+        return np.array(frame), float(reward), terminated, truncated, {"score": score}
+
+
+def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> gym.Env:
+    """The environment of the data. Raises InputError where the data has no images, or nothing can draw them."""
+    space, box = dataset.observation_space, dataset.action_space
+    image = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    if not image or space.shape[2] > min(space.shape[:2]):
+        raise InputError(f"{dataset.id} has observations {' '.join(str(space).split())}: this script learns from one "
+                         "image, a Box [H, W, C] of uint8, and cal_ql_continuous.py from vectors.")  # fmt: skip
+    # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
+    try:
+        importlib.import_module("collect.pick_place" if task.domain == "visual" else "gymnasium_robotics")
+        spec = dataset.env_spec
+        if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
+            raise ValueError(f"{spec and spec.id} is not registered here, or needs wrappers")
+        kwargs = dict(spec.kwargs, max_episode_steps=episode_length or spec.max_episode_steps)
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
+        env = gym.make(spec.id, disable_env_checker=True, **kwargs)
+        frame = np.asarray(env.reset(seed=0)[0])  # fails here where it cannot draw
+        if (frame.shape, frame.dtype, env.action_space.shape) != (space.shape, space.dtype, box.shape):
+            raise ValueError(f"its frames {frame.dtype}{list(frame.shape)} or its actions differ from the data's")
+        if env.spec.max_episode_steps is None:
+            raise ValueError("it has no time limit (--episode-length)")
+        return TaskEnv(env, box)
+    except Exception as error:  # no such module, a specification that does not fit, OpenGL in its many ways
+        raise InputError(f"{dataset.id}'s environment cannot be made ({error}); if OpenGL is missing: `apt-get install "
+                         "libegl1 libegl-mesa0 libgl1-mesa-dri`, and MUJOCO_GL unset or egl.") from error  # fmt: skip
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def play_episode(env: gym.Env, agent: Agent, seed: int, device: torch.device) -> Episode:
+    """One online episode; the policy does not learn meanwhile."""
+    states, actions, rewards, terminations = [env.reset(seed=seed)[0]], [], [], []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = agent.act(torch.from_numpy(states[-1]).unsqueeze(0).to(device), explore=True)
+        actions.append(action.squeeze(0).cpu().numpy().clip(-0.99999, 0.99999))
+        state, reward, terminated, truncated, _ = env.step(actions[-1])
+        states.append(state)
+        rewards.append(reward)
+        terminations.append(terminated)  # never the time limit: the value of a state does not end there
+    return Episode(*map(np.array, (states, actions, rewards, terminations)))
+
+
+@torch.no_grad()
+def evaluate(envs: gym.vector.VectorEnv, agent: Agent, buffer: ReplayBuffer, progress, args: Args) -> dict:
+    """A row of eval.csv: one episode in each environment with the deterministic policy, and `probe`."""
+    seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(envs.num_envs).tolist()
+    states, _ = envs.reset(seed=seeds)
+    scores, returns, live = np.zeros(len(seeds)), np.zeros(len(seeds)), np.ones(len(seeds), bool)
+    while live.any():
+        actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
+        states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        scores[live] = np.maximum(scores, infos["score"])[live]
+        returns[live] += rewards[live]
+        live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
+    score = float(returns.mean() if np.isnan(scores).any() else scores.mean())
+    phase = "online" if progress.env_steps else "offline"
+    online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
+    regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        values = probe(agent, buffer.sample(4 * args.batch_size), args)
+    row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
+    return row | {"return": float(returns.mean()), "regret": regret, **values}
+
+
+# --- Checkpoints (common) ---------------------------------------------------------------------------------------------
+SIGNALS: list[int] = []  # SIGINT or SIGTERM that arrived: the run saves and stops where its state is whole next
+
+
+def on_signal(number: int, _frame) -> None:
+    SIGNALS.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print(
+        "\nstopping after this update (online: after this episode and its updates); once more stops at once",
+        file=sys.stderr,
+    )
+
+
+def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
+    """Replaces the run's checkpoint in one step: a killed run keeps either the old or the new one."""
+    partial, rng = run / "checkpoint.partial", [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    state = {"script": Path(__file__).name, "args": vars(args), "progress": vars(progress), "rng": rng}
+    try:
+        torch.save(state | {name: part.state_dict() for name, part in parts.items()}, partial)
+    except RuntimeError as error:  # torch's way to report a full disk
+        raise OSError(f"cannot write {partial}: {str(error).splitlines()[0]}") from error
+    with partial.open("ab") as file:  # its digest goes after the end, where torch.load does not look
+        file.write(hashlib.sha256(partial.read_bytes()).hexdigest().encode())
+    os.replace(partial, run / "checkpoint.pt")
+
+
+def open_logs(run: Path, args: Args, step: int) -> SummaryWriter:
+    """Makes the run's folder, with its settings; what was logged after `step` is dropped. Raises InputError."""
+    try:
+        if args.track:  # before the writer exists: wandb hooks into it
+            wandb = importlib.import_module("wandb")
+            wandb.init(name=run.name, id=run.name, config=vars(args), sync_tensorboard=True, resume="allow")
+    except Exception as error:  # no login, no network
+        raise InputError(f"--track: {error} (log in with `wandb login`, or set WANDB_MODE=offline).") from error
+    writer = SummaryWriter(str(run), purge_step=step + 1)
+    (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    return writer
+
+
+def read_checkpoint(run: str) -> dict:
+    """Reads a run's checkpoint. Raises InputError where there is none, it is damaged, or another script wrote it."""
+    path = Path(run) / "checkpoint.pt"
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+        raise InputError(f"--resume {run!r}: {path} is missing or damaged; name the folder of a run that saved one.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint["script"] != Path(__file__).name:
+        raise InputError(f"{run} was made by {checkpoint['script']}; resume it with that script.")
+    return checkpoint
+
+
+def restore(checkpoint: dict, **parts) -> SimpleNamespace:
+    """Puts all parts of a run back to where the checkpoint was written, and returns how far that was."""
+    for name, part in parts.items():
+        part.load_state_dict(checkpoint[name])
+    for group in parts["optimizer"].param_groups:  # loaded too, but of the device that the checkpoint was written on
+        group["capturable"] = parts["buffer"].device.type == "cuda"
+    torch.set_rng_state(checkpoint["rng"][0])
+    torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
+    return SimpleNamespace(**checkpoint["progress"])
+
+
+# --- Training and command line (common) -------------------------------------------------------------------------------
+def train(args: Args) -> None:
+    """Runs both phases, or what is left of them when resumed. Raises InputError; exits at a signal or a NaN."""
+    torch.set_flush_denormal(True)  # denormal gradients and moments slow a processor down; threads inherit this
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    task = find_task(args.env_id)
+    datasets = [open_dataset(dataset_id) for dataset_id in task.datasets]
+    make_one_env = functools.partial(make_env, datasets[-1], task, args.episode_length)
+    env = make_one_env()
+    async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
+    eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
+    buffer = ReplayBuffer(load_episodes(datasets, task, env), args, task.domain != "any other", device)
+    torch.manual_seed(args.seed)
+    agent = Agent(*env.observation_space.shape, *env.action_space.shape, args).to(device)
+    optimizer = agent.prepare(buffer, args)
+    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, not yet measured on a card
+    for online, with_actor in itertools.product((False, True), (False, True)):
+        step = functools.partial(update, agent, optimizer, args, online, with_actor)
+        steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step
+
+    # With networks, online transitions and random state, `progress` is all that resuming needs.
+    progress = SimpleNamespace(updates=0, offline_updates=0, env_steps=0, episodes=0, wall_time=0.0, rows=[])
+    parts = {"agent": agent, "optimizer": optimizer, "buffer": buffer}
+    run = Path("runs", f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{time.time_ns()}".replace("/", "-"))
+    if args.resume is not None:
+        run, progress = Path(args.resume), restore(read_checkpoint(args.resume), **parts)
+    writer = open_logs(run, args, progress.offline_updates + progress.env_steps)
+    print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+    began, saved = time.time() - progress.wall_time, time.time()
+    bar = tqdm(total=args.offline_steps + args.online_steps, initial=progress.offline_updates + progress.env_steps)
+
+    def log(scalars: dict) -> None:
+        """Logs over offline updates and, from the switch on, environment steps that have been learned from."""
+        bar.n = progress.offline_updates + (progress.updates - progress.offline_updates) // args.utd_ratio
+        bar.refresh()
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, bar.n)
+
+    def train_step(online: bool) -> None:
+        progress.updates += 1
+        progress.offline_updates += not online
+        metrics = steps[online, progress.updates % args.actor_interval == 0](buffer.sample(args.batch_size))
+        if progress.updates % (100 * args.utd_ratio) == 0:
+            log(metrics)
+
+    def pause(evaluation_due: bool) -> None:
+        """Evaluates if due; saves after that, every ten minutes and at a signal. The run's state is whole here."""
+        nonlocal saved
+        if not (evaluation_due or SIGNALS or time.time() - saved > 600):
+            return
+        if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
+            sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
+        if evaluation_due:
+            progress.rows.append(
+                evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            )
+            row = progress.rows[-1]
+            log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
+            tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            lines = [row.keys(), *(row.values() for row in progress.rows)]
+            (run / "eval.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+        progress.wall_time = time.time() - began
+        save(run, args, progress, **parts)
+        writer.flush()
+        saved = time.time()
+        if SIGNALS:
+            print(f"stopped by a signal; --resume {run} continues", file=sys.stderr)
+            sys.exit(128 + SIGNALS[0])
+
+    # Phase 1: offline pre-training, from the evaluation at update 0 to the one at the switch.
+    if not progress.rows:
+        pause(evaluation_due=True)
+    while progress.env_steps == 0 and progress.updates < args.offline_steps:
+        train_step(online=False)
+        pause(progress.updates % args.offline_eval_interval == 0 or progress.updates == args.offline_steps)
+
+    # Phase 2: online fine-tuning, one whole episode and then the updates for it; nothing is reinitialised.
+    while progress.env_steps < args.online_steps:
+        seed = np.random.SeedSequence((args.seed, 0, progress.episodes)).generate_state(1).tolist()[0]
+        episode = play_episode(env, agent, seed, device)
+        buffer.add(episode)
+        length, evaluated = len(episode.rewards), progress.env_steps // args.online_eval_interval
+        progress.episodes, progress.env_steps = progress.episodes + 1, progress.env_steps + length
+        for _ in range(length * args.utd_ratio):
+            train_step(online=True)
+        log({"charts/episodic_return": episode.rewards.sum(), "charts/episodic_length": length})
+        pause(progress.env_steps // args.online_eval_interval > evaluated or progress.env_steps >= args.online_steps)
+
+
+# What --resume may change, and limits of settings, where they are not those of a positive number.
+CHANGEABLE = {"resume", "device", "threads", "track", "offline_steps", "online_steps", "eval_async",
+              "offline_eval_interval", "online_eval_interval"}  # fmt: skip
+PROTOCOL_LIMITS = dict.fromkeys(["seed", "threads", "offline_steps", "online_steps", "episode_length"], (0, 2**62))
+PROTOCOL_LIMITS |= dict(mixing_ratio=(-1, 1), gamma=(0, 0.9999), tau=(1e-9, 1), reward_bias=(-1e9, 1e9))
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Reads the command line on top of the task's settings or, with --resume, of the run's. Raises InputError."""
+    first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    given = {} if first.resume is None else read_checkpoint(first.resume)["args"]
+    defaults = Args(**given) if given else task_defaults(first.env_id)
+    table = [f"{name}: {', '.join(f'{k} {v}' for k, v in settings.items())}" for name, settings in SETTINGS.items()]
+    args = tyro.cli(Args, default=defaults, args=argv, description="\n\n".join([f"Tasks: {', '.join(TASKS)}.", *table]))
+    for name, value in vars(args).items():
+        if given and value != getattr(defaults, name) and name not in CHANGEABLE:
+            raise InputError(f"a resumed run cannot change {name}: leave that out, or start a new run.")
+        low, high = (PROTOCOL_LIMITS | LIMITS).get(name, (1e-9 if isinstance(value, float) else 1, 2**62))
+        numbers = value if isinstance(value, tuple) else [value]
+        if value == () or any(type(number) in (int, float) and not low <= number <= high for number in numbers):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must lie between {low} and {high}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0, or 2 for bad input; `train` exits with 1 at a NaN, 130 at SIGINT and 143 at SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    sys.path.append(os.getcwd())  # where `collect` is, for a script in a folder of its own
+    try:
+        train(parse_args(argv))
+    except (InputError, OSError, RuntimeError) as error:  # a folder that cannot be made, a full disk; out of memory
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -902,9 +902,8 @@ class TestGraph:
 
     def test_updates_equal_those_without_a_graph(self, script, monkeypatch):
         """With constant numbers in place of the random ones, which a graph draws from states of its own."""
-        batches, cases = [self.make_cuda_batch(script, k) for k in range(30)], []
-        for captured in (True, False):
-            cases.append(self.make_step(script, captured))
+        batches = [self.make_cuda_batch(script, k) for k in range(50)]
+        cases = [self.make_step(script, captured) for captured in (True, False)]
         for name, number in (("randn", 0.3), ("rand", 0.7), ("randint", 2)):
             draw = getattr(torch, name)
             monkeypatch.setattr(torch, name, lambda *a, d=draw, n=number, **k: torch.full_like(d(*a, **k), n))
@@ -912,15 +911,14 @@ class TestGraph:
             monkeypatch.setattr(torch.backends.cudnn, name, value)
         results = []
         for agent, step in cases:
-            before = [parameter.clone() for parameter in agent.parameters()]
+            before = {name: value.clone() for name, value in agent.named_parameters()}
             losses = [step(batch)["losses/qf_loss"].item() for batch in batches]
-            moved = [name for name, old in zip(dict(agent.named_parameters()), before, strict=True)
-                     if not torch.equal(old, dict(agent.named_parameters())[name])]  # fmt: skip
-            assert {name.split(".")[0] for name in moved} >= {"encoder", "target_encoder", "actor", "critic"}
+            moved = {name for name, value in agent.named_parameters() if not torch.equal(value, before[name])}
+            assert moved == before.keys() - {"log_cql_alpha"}
             results.append((losses, [parameter.detach() for parameter in agent.parameters()]))
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
         for ours, theirs in zip(results[0][1], results[1][1], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4)  # of steps up to 5e-3
 
     def test_new_frames_take_effect_and_every_call_draws_anew(self, script):
         agent, step = self.make_step(script, captured=True)

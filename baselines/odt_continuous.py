@@ -539,10 +539,7 @@ SIGNALS: list[int] = []  # SIGINT or SIGTERM that arrived: the run saves and sto
 def on_signal(number: int, _frame) -> None:
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print(
-        "\nstopping after this update (online: after this episode and its updates); once more stops at once",
-        file=sys.stderr,
-    )
+    print("\nstopping after this update, or this episode and its updates; once more stops at once", file=sys.stderr)
 
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:

@@ -530,10 +530,7 @@ SIGNALS: list[int] = []  # SIGINT or SIGTERM that arrived: the run saves and sto
 def on_signal(number: int, _frame) -> None:
     SIGNALS.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print(
-        "\nstopping after this update (online: after this episode and its updates); once more stops at once",
-        file=sys.stderr,
-    )
+    print("\nstopping after this update, or this episode and its updates; once more stops at once", file=sys.stderr)
 
 
 def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
@@ -640,8 +637,10 @@ def train(args: Args) -> None:
         if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
             sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
         if evaluation_due:
-            row = evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
-            progress.rows.append(row)
+            progress.rows.append(
+                evaluate(eval_envs, agent, buffer, progress, args) | {"wall_time": time.time() - began}
+            )
+            row = progress.rows[-1]
             log({f"eval/{name}": value for name, value in row.items() if isinstance(value, float)})
             tqdm.write("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
             lines = [row.keys(), *(row.values() for row in progress.rows)]

@@ -105,10 +105,9 @@ def read_columns(arrays, renamed: dict[str, str]) -> Data:
 
 
 def read_d4rl(file: h5py.File) -> Data:
-    """Without its infos, which are the simulator's states. The limit of its longest episode ends an old file's."""
+    """Without its infos, the simulator's states. In a file without time-outs, terminals alone end episodes."""
     arrays = {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
-    if "timeouts" not in arrays:
-        arrays["timeouts"] = np.zeros(len(arrays["rewards"]), bool)
+    arrays.setdefault("timeouts", np.zeros(len(arrays.get("actions", ())), bool))
     return read_columns(arrays, {"terminals": "terminations", "timeouts": "truncations"})
 
 
@@ -192,8 +191,11 @@ def check_columns(data: Data) -> None:
         if bad.any():
             remedy = "it has to be 0 or 1" if ends else "repair that step or leave its episode out"
             raise InputError(f"{name} is {values[bad][0]} in row {np.argwhere(bad)[0][0]}: {remedy}.")
-    if data.next_observations and data.next_observations.keys() != data.observations.keys():
-        raise InputError("next_observations has other keys than observations: name the same ones.")
+    shapes = [
+        {key: values.shape for key, values in each.items()} for each in (data.observations, data.next_observations)
+    ]
+    if data.next_observations and shapes[0] != shapes[1]:
+        raise InputError(f"next_observations is {shapes[1]} and observations {shapes[0]}: they have to be the same.")
     data.terminations, data.truncations = data.terminations.astype(bool), data.truncations.astype(bool)
 
 
@@ -224,12 +226,16 @@ def find_bounds(data: Data, args: Args) -> list[tuple[int, int]]:
     bounds = [(start, end) for start, end in zip(starts, [*starts[1:], steps], strict=True) if start < end]
     lengths = np.array([end - start for start, end in bounds])
     last = np.array([end - 1 for _, end in bounds])
-    if args.time_limit:
+    if args.time_limit is not None:
         late = last[lengths == args.time_limit]
+        if len(late) == 0:
+            raise InputError(
+                f"--time-limit {args.time_limit}: no episode has this length; the longest has {lengths.max()}."
+            )
         data.truncations[late] |= data.terminations[late]
         data.terminations[late] = False
     rewarded = np.array([rewarded_at_end(data.rewards[start:end]) for start, end in bounds])
-    rewarded |= data.infos.get("success", np.zeros(steps, bool))[last].astype(bool)
+    rewarded |= data.infos.get("success", np.zeros(steps)).reshape(steps, -1)[last].any(1)
     suspects = find_timeouts(lengths, data.terminations[last], rewarded)
     if suspects and not args.true_ends:
         longest = lengths.max()
@@ -275,9 +281,10 @@ def find_env(env_id: str, observation_space: gym.Space, actions: np.ndarray) -> 
     try:
         env = gym.make(env_id)
     except Exception as error:  # whatever a stranger's environment raises
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"--env-id {env_id} cannot be made ({error}): name a registered one, as module:Name-v0 if its "
-            "module registers it, or leave it out."
+            f"--env-id {env_id} cannot be made ({reason}): name a registered one, as module:Name-v0 if its module "
+            "registers it, or leave it out."
         ) from error
     shapes = [
         {key: each.shape for key, each in space.items()} if isinstance(space, gym.spaces.Dict) else space.shape
@@ -311,7 +318,8 @@ def space_of(observations: dict[str, np.ndarray]) -> gym.Space:
 def make_buffers(data: Data, bounds: list[tuple[int, int]], space: gym.Space) -> Iterator[EpisodeBuffer]:
     """Minari's episodes: T steps and T + 1 observations."""
     plain = {"": space} if "" in data.observations else space
-    for k, (start, end) in enumerate(bounds):
+    made = 0
+    for start, end in bounds:
         known = data.next_observations or data.observations
         final = {key: values[end - 1 : end] for key, values in known.items()}
         if not data.next_observations and not data.terminations[end - 1]:
@@ -324,7 +332,7 @@ def make_buffers(data: Data, bounds: list[tuple[int, int]], space: gym.Space) ->
         }
         terminations = data.terminations[start:end]
         yield EpisodeBuffer(
-            id=k,
+            id=made,
             observations=observations[""] if "" in observations else observations,
             actions=data.actions[start:end].astype(np.float32),
             rewards=data.rewards[start:end].astype(np.float64),
@@ -335,6 +343,7 @@ def make_buffers(data: Data, bounds: list[tuple[int, int]], space: gym.Space) ->
                 for key, values in data.infos.items()
             },
         )
+        made += 1
 
 
 def convert(args: Args) -> minari.MinariDataset:
@@ -388,7 +397,7 @@ def convert(args: Args) -> minari.MinariDataset:
     )
     if fill < 0.5:
         print("note: few actions use most of this box: leave outliers out, or name a smaller --box (docs/tasks.md)")
-    if env is not None and env.action_space.is_bounded():
+    if env is not None and isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         share = np.mean((box.high - box.low) / (env.action_space.high - env.action_space.low))
         print(f"that is {share:.0%} of the environment's own box, {env.action_space}")
     return dataset

@@ -167,7 +167,9 @@ def test_kitchen_counts_the_tasks_done(datasets_path, capsys):
     assert "episodes with 0, 1, ... tasks done at once: 1 1 1 1" in capsys.readouterr().out
 
 
-def test_cql_begins_at_the_mean_return_and_tells_what_the_scripts_measure(datasets_path):
+def test_cql_begins_at_the_mean_return_and_tells_what_the_scripts_measure(datasets_path, monkeypatch):
+    for name in ("actor_layers", "critic_layers"):
+        monkeypatch.setitem(diagnose.FAST, name, (32, 32))
     episodes = make_episodes(rewards=np.linspace(0, 1, 30))
     write("test/line-v0", gym.make("test/Line-v0"), episodes)
     case = diagnose.load("test/line-v0")

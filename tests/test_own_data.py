@@ -76,6 +76,13 @@ def test_without_them_a_cut_off_episode_loses_its_last_step(folder, capsys):
     assert "1 steps left out" in capsys.readouterr().out
 
 
+def test_cut_off_episode_of_one_step_is_left_out(folder):
+    columns = make_columns()
+    columns["truncations"][3] = True  # of the second episode's five steps the first is an episode of its own
+    episodes = convert(folder, columns)
+    assert [len(each.rewards) for each in episodes] == [3, 3, 4] and [each.id for each in episodes] == [0, 1, 2]
+
+
 def test_unfinished_last_episode_is_cut_off(folder):
     columns = with_next(make_columns())
     columns["terminations"][-1] = False
@@ -209,6 +216,7 @@ def put(row: int, value: float):
     ("actions", lambda values: values[:, 0], "actions is float32.12. *: it has to hold numbers, a vector a row"),
     ("rewards", lambda values: np.stack([values, values], 1), "rewards is float64.12, 2.: it has to hold numbers, one"),
     ("terminations", np.zeros(12, bool), "terminate after|no step has a termination"),
+    ("next_observations", lambda values: values[:, :1], r"next_observations is {'': .12, 1.} and observations"),
     ("next_observations", lambda values: values[::-1], "the next observation of row 0 is not the observation of row 1"),
 ])  # fmt: skip
 def test_bad_columns_are_named(folder, capsys, name, value, sentence):
@@ -231,6 +239,7 @@ def test_terminations_that_are_timeouts(folder, capsys):
     columns = make_columns() | {"observations": np.zeros((20, 3)), "actions": np.linspace([-1, 0], [0, 1], 20)}
     columns |= {"rewards": np.zeros(20), "terminations": last, "truncations": np.zeros(20, bool)}
     assert "4 of 4 episodes terminate after 5 steps" in refusal(folder, capsys, columns)
+    assert "no episode has this length; the longest has 5" in refusal(folder, capsys, columns, "--time-limit", "6")
     made = convert(folder, columns, "--time-limit", "5")
     assert not any(each.terminations.any() for each in made) and all(each.truncations[-1] for each in made)
     made = convert(folder, columns, "--true-ends", "--overwrite")

@@ -112,7 +112,7 @@ def make_contract(script, checkpoint: dict, args, task, datasets: list, env: gym
         "task": args.env_id,
         "script": checkpoint["script"],
         "updates": checkpoint["progress"]["updates"],
-        "environment": env.spec.id,
+        "environment": env.spec and env.spec.id,
         "observation_shape": shape,
         "observation": entries,
         "action_box": {"low": box.low.tolist(), "high": box.high.tolist()},

@@ -14,6 +14,16 @@ How much of a batch is offline data makes the baselines of the paper's visual ta
     python baselines/sac_pixels.py --resume runs/<run>                             # continues a run
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends the process without a traceback
+elif __name__ == "__mp_main__":  # a process of --eval-async leaves Ctrl-C to the run, and ends with it without a word
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")
+
 import copy
 import dataclasses
 import functools
@@ -22,10 +32,8 @@ import importlib
 import itertools
 import json
 import math
-import os
 import re
-import signal
-import sys
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -56,14 +64,17 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto takes CUDA where there is one
     threads: int = 0  # CPU threads; 0 leaves the choice to torch
     resume: str | None = None  # folder of a run to continue; step totals, intervals, device, threads, track may change
+    init_from: str | None = None  # folder of a run whose offline phase this one starts after, with its settings
     track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
     offline_steps: int = 500_000  # gradient updates of the offline phase
     online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
+    warmup_steps: int = 0  # of them, how many come before the first online update, completed to whole episodes
     offline_eval_interval: int = 50_000  # updates between two evaluations offline
     online_eval_interval: int = 5_000  # environment steps between two evaluations online
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
     eval_async: bool = False  # play each of them in a process of its own, instead of all in this one
     episode_length: int = 0  # time limit of an episode in steps; 0 keeps the environment's own
+    online_env: str | None = None  # module:function that makes the environment, instead of the one that the data names
     reward_scale: float = 1.0  # rewards are multiplied by this ...
     reward_bias: float = 0.0  # ... and this is added
     buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
@@ -350,7 +361,7 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
             (data,) = dataset.iterate_episodes([k])
             steps = len(data.rewards)
             frames_left -= steps + 1
-            names, kinds = ("observations", "actions", "rewards", "terminations"), ("u", "fiu", "fiub", "fiub")
+            names, kinds = ("observations", "actions", "rewards", "terminations"), ("u", "fiu", "fiu", "b")
             columns = data.observations, data.actions, data.rewards, data.terminations
             shapes = (steps + 1, *env.observation_space.shape), (steps, *box.shape), (steps,), (steps,)
             for name, kind, values, shape in zip(names, kinds, columns, shapes, strict=True):
@@ -358,16 +369,18 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
                     raise ValueError(f"{name} {values.dtype}{list(values.shape)} must be finite numbers {list(shape)}")
             if steps == 0 or frames_left < 0:
                 raise ValueError("it has no step, or more than the dataset's metadata say")
+            actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
+            if np.abs(actions).max() > 10:  # a little beyond is clipped, as in Adroit's human data
+                raise ValueError("actions lie far outside of their box")
         except Exception as error:  # whatever a damaged file does
             raise InputError(f"episode {k} of {dataset.id}: {error}; repair it or leave it out.") from error
-        actions = (2 * (data.actions - box.low) / (box.high - box.low) - 1).astype(np.float32)
         outside.append(np.abs(actions) > 1)
         seen.append(actions.clip(-0.99999, 0.99999))
         successes += bool(data.rewards.max() > 0)
         yield Episode(data.observations, seen[-1], data.rewards.astype(np.float32), data.terminations.astype(bool))
     clipped = np.concatenate(outside).mean() if seen else 1.0
-    if clipped > 0.2:
-        raise InputError(f"{' and '.join(task.datasets)}: no usable episode, or actions outside of the declared box.")
+    if clipped > 0.2 or frames_left:
+        raise InputError(f"{' and '.join(task.datasets)}: no episode, frames missing, or actions outside of their box.")
     low, high = np.quantile(np.concatenate(seen), [0.01, 0.99], axis=0)  # [A]
     print(f"data: {len(seen)} episodes, {successes} with reward > 0; actions fill {np.mean(high - low) / 2:.0%} of "
           f"their box, {clipped:.2%} clipped")  # fmt: skip
@@ -443,11 +456,11 @@ class ReplayBuffer:
         return {"online": online, "cursor": self.cursor, "num_offline": len(self.offline)}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["num_offline"] != len(self.offline):
-            raise InputError("the dataset has changed since this run began: restore it, or start a new run.")
+        if state["num_offline"] != len(self.offline) or state["cursor"] not in range(self.args.buffer_size):
+            raise ValueError("the dataset has changed since this run began")
         self.cursor, self.filled = state["cursor"], len(state["online"][0])
         for column, values in zip(self.columns, state["online"], strict=True):
-            column[self.ring :][: self.filled] = values
+            column[self.ring :][: self.filled] = values.reshape(self.filled, *column.shape[1:])
         self.online = self.find_transitions(self.ring, self.ring + self.filled)
 
 
@@ -473,8 +486,8 @@ class TaskEnv(gym.Wrapper):
         return np.array(frame), float(reward), terminated, truncated, {"score": score}
 
 
-def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> gym.Env:
-    """The environment of the data. Raises InputError where the data has no images, or nothing can draw them."""
+def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, online_env: str | None = None) -> gym.Env:
+    """The data's environment or the user's. Raises InputError where the data has no images or nothing can draw them."""
     space, box = dataset.observation_space, dataset.action_space
     image = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
     if not image or space.shape[2] > min(space.shape[:2]):
@@ -483,11 +496,14 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> 
     # From the dataset, which may be a stranger's, come only the id of a registered environment, and plain arguments.
     try:
         importlib.import_module("collect.pick_place" if task.domain == "visual" else "gymnasium_robotics")
+        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         spec = dataset.env_spec
+        if online_env is not None:
+            gym.register("online-env-v0", entry_point=online_env if ":" in online_env else f"{online_env}:make")
+            spec = gym.spec("online-env-v0")
         if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
             raise ValueError(f"{spec and spec.id} is not registered here, or needs wrappers")
         kwargs = dict(spec.kwargs, max_episode_steps=episode_length or spec.max_episode_steps)
-        gym.logger.min_level = gym.logger.ERROR  # it advises newer versions, which have other observations
         env = gym.make(spec.id, disable_env_checker=True, **kwargs)
         frame = np.asarray(env.reset(seed=0)[0])  # fails here where it cannot draw
         if (frame.shape, frame.dtype, env.action_space.shape) != (space.shape, space.dtype, box.shape):
@@ -496,47 +512,52 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int) -> 
             raise ValueError("it has no time limit (--episode-length)")
         return TaskEnv(env, box)
     except Exception as error:  # no such module, a specification that does not fit, OpenGL in its many ways
-        raise InputError(f"{dataset.id}'s environment cannot be made ({error}); if OpenGL is missing: `apt-get install "
-                         "libegl1 libegl-mesa0 libgl1-mesa-dri`, and MUJOCO_GL unset or egl.") from error  # fmt: skip
+        raise InputError(f"{online_env or dataset.id}'s environment cannot be made ({error}); if OpenGL is missing: "
+                         "`apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri`, and MUJOCO_GL unset or egl."
+                         ) from error  # fmt: skip
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def play_episode(env: gym.Env, agent: Agent, seed: int, device: torch.device) -> Episode:
     """One online episode; the policy does not learn meanwhile."""
-    states, actions, rewards, terminations = [env.reset(seed=seed)[0]], [], [], []
-    terminated = truncated = False
-    while not (terminated or truncated):
+    states, steps, over = [env.reset(seed=seed)[0]], [], False
+    while not over:
         action = agent.act(torch.from_numpy(states[-1]).unsqueeze(0).to(device), explore=True)
-        actions.append(action.squeeze(0).cpu().numpy().clip(-0.99999, 0.99999))
-        state, reward, terminated, truncated, _ = env.step(actions[-1])
+        action = action.squeeze(0).cpu().numpy().clip(-0.99999, 0.99999)
+        state, reward, terminated, truncated, _ = env.step(action)
         states.append(state)
-        rewards.append(reward)
-        terminations.append(terminated)  # never the time limit: the value of a state does not end there
-    return Episode(*map(np.array, (states, actions, rewards, terminations)))
+        steps.append((action, reward, terminated))  # never the time limit: the value of a state does not end there
+        over = terminated or truncated
+    return Episode(np.array(states), *map(np.array, zip(*steps, strict=True)))
 
 
 @torch.no_grad()
-def evaluate(envs: gym.vector.VectorEnv, agent: Agent, buffer: ReplayBuffer, progress, args: Args) -> dict:
-    """A row of eval.csv: one episode in each environment with the deterministic policy, and `probe`."""
-    seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(envs.num_envs).tolist()
-    states, _ = envs.reset(seed=seeds)
-    scores, returns, live = np.zeros(len(seeds)), np.zeros(len(seeds)), np.ones(len(seeds), bool)
-    while live.any():
-        actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
-        states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
-        scores[live] = np.maximum(scores, infos["score"])[live]
-        returns[live] += rewards[live]
-        live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
+def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuffer, progress, args: Args) -> dict:
+    """A row of eval.csv: one episode in each environment with the deterministic policy, and what the buffer tells."""
+    scores = returns = np.array([math.nan])
+    if envs is not None:
+        seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(envs.num_envs).tolist()
+        states, _ = envs.reset(seed=seeds)
+        scores, returns, live = np.zeros(len(seeds)), np.zeros(len(seeds)), np.ones(len(seeds), bool)
+        while live.any():
+            actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
+            states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+            scores[live] = np.maximum(scores, infos["score"])[live]
+            returns[live] += rewards[live]
+            live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts
     score = float(returns.mean() if np.isnan(scores).any() else scores.mean())
-    phase = "online" if progress.env_steps else "offline"
     online = [row["score"] for row in progress.rows if row["phase"] == "online"] + [scores.mean()]
-    regret = 1 - float(np.mean(online)) if phase == "online" else math.nan  # NaN too where nothing tells success
+    regret = 1 - float(np.mean(online)) if progress.env_steps else math.nan  # NaN too where nothing tells success
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        values = probe(agent, buffer.sample(4 * args.batch_size), args)
-    row = {"phase": phase, "updates": progress.updates, "env_steps": progress.env_steps, "score": score}
-    return row | {"return": float(returns.mean()), "regret": regret, **values}
+        batch = buffer.sample(4 * args.batch_size)
+        values = probe(agent, batch, args)
+    if envs is None:
+        values["action_error"] = (agent.act(batch.observations, explore=False) - batch.actions).abs().mean().item()
+    row = {"phase": "online" if progress.env_steps else "offline", "updates": progress.updates}
+    row |= {"env_steps": progress.env_steps, "score": score, "return": float(returns.mean()), "regret": regret}
+    return row | values
 
 
 # --- Checkpoints (common) ---------------------------------------------------------------------------------------------
@@ -641,7 +662,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     agent = Agent(*env.observation_space.shape, *env.action_space.shape, args).to(device)
     optimizer = agent.prepare(buffer, args)
-    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, not yet measured on a card
+    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, seven times faster
     for online, with_actor in itertools.product((False, True), (False, True)):
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step

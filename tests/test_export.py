@@ -77,7 +77,7 @@ def make_run(folder, name: str, env_id: str = "test/maze-v0"):
                 buffer.uniform_(0.5, 2.0)
     run = folder / name
     run.mkdir()
-    script.save(run, args, SimpleNamespace(updates=3), agent=agent)
+    script.save(run, args, SimpleNamespace(updates=3, env_steps=0), agent=agent)
     return run, agent
 
 
@@ -169,7 +169,7 @@ def test_odt_cannot_be_exported(tmp_path, capsys):
     odt = importlib.import_module("baselines.odt_continuous")
     args = odt.task_defaults("test/maze-v0")
     (tmp_path / "run").mkdir()
-    odt.save(tmp_path / "run", args, SimpleNamespace(updates=3), agent=odt.Agent(8, 2, args))
+    odt.save(tmp_path / "run", args, SimpleNamespace(updates=3, env_steps=0), agent=odt.Agent(8, 2, args))
     assert "cannot be exported" in refused(capsys, tmp_path / "run")
 
 

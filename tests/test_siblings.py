@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_LINES = {"cal_ql_continuous.py": 810, "cql_continuous.py": 810, "sac_offline_data.py": 775}
+MOST_LINES = {"cal_ql_continuous.py": 820, "cql_continuous.py": 820, "sac_offline_data.py": 785}
 SCRIPTS = list(MOST_LINES)
 STATEMENT = "q_next, q_pi = torch.maximum(q_next, v_mu), torch.maximum(q_pi, v_mu)"
 BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
@@ -157,9 +157,11 @@ def test_sac_from_pixels_is_sac_as_cal_ql_from_pixels_is_cal_ql():
     sac, ours = definitions("sac_offline_data.py"), definitions("baselines/sac_pixels.py")
     assert ours.keys() == pixels.keys()
     assert {part for part in ours if ours[part] != pixels[part]} == OWN["sac_offline_data.py"]
-    assert code_between(sac["Args"], ours["Args"]) == code_between(states["Args"], pixels["Args"])
-    expected = [line.replace("target_actions", "next_action")  # the target's many actions are one in SAC
-                for line in code_between(states["update"], pixels["update"])]  # fmt: skip
+    # Cal-QL from pixels has no learned reference value, and the target's many actions are one in SAC.
+    expected = [line for line in code_between(states["Args"], pixels["Args"]) if "reference_value" not in line]
+    assert code_between(sac["Args"], ours["Args"]) == expected
+    expected = [line.replace("target_actions", "next_action") for line in code_between(states["update"], pixels["update"])
+                if "v_mu" not in line and "mc_return" not in line]  # fmt: skip
     assert code_between(sac["update"], ours["update"]) == expected and len(expected) > 5
 
 
@@ -175,7 +177,7 @@ def test_sac_has_no_setting_of_cql(name):
 @pytest.mark.parametrize("name", WITH_SAC_PIXELS)
 def test_a_script_is_short_enough_to_read(name):
     lines = read(name).splitlines()
-    assert len(lines) <= MOST_LINES[name]
+    assert len(lines) <= MOST_LINES.get(name, 820)
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
     functions = [node for node in ast.walk(ast.parse(read(name))) if isinstance(node, ast.FunctionDef)]
     assert {"train", "update"} <= {node.name for node in functions}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cal_ql_continuous import Args, Episode, InputError, ReplayBuffer, monte_carlo_returns
+from cal_ql_continuous import Args, Episode, ReplayBuffer, monte_carlo_returns
 
 
 def make_episode(first: int, length: int, terminated: bool = True) -> Episode:

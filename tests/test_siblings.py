@@ -160,8 +160,12 @@ def test_sac_from_pixels_is_sac_as_cal_ql_from_pixels_is_cal_ql():
     # Cal-QL from pixels has no learned reference value, and the target's many actions are one in SAC.
     expected = [line for line in code_between(states["Args"], pixels["Args"]) if "reference_value" not in line]
     assert code_between(sac["Args"], ours["Args"]) == expected
-    expected = [line.replace("target_actions", "next_action") for line in code_between(states["update"], pixels["update"])
-                if "v_mu" not in line and "mc_return" not in line]  # fmt: skip
+    lines = code_between(states["update"], pixels["update"])
+    expected = [
+        line.replace("target_actions", "next_action")
+        for line in lines
+        if "v_mu" not in line and "mc_return" not in line
+    ]
     assert code_between(sac["update"], ours["update"]) == expected and len(expected) > 5
 
 

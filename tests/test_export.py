@@ -112,6 +112,7 @@ def test_both_policies_act_as_the_agent_does(tmp_path, capsys, name):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "policy.onnx")
     made = session.run(["action"], {"observation": observations})[0]
     assert np.abs(made - wanted).max() < 1e-5
+    assert np.abs(session.run(["action"], {"observation": observations[:1]})[0] - wanted[:1]).max() < 1e-5
     np.save(tmp_path / "out" / "observations.npy", observations)
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path / "out", check=True)
     made = np.load(tmp_path / "out" / "actions.npy")

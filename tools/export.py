@@ -189,6 +189,8 @@ class Args:
 
 def export(args: Args) -> None:
     script, checkpoint, settings, task, datasets, env, agent = load_run(args.run)
+    if args.episodes and env.spec is None:
+        raise InputError(f"{settings.env_id} names no environment to play in: leave --episodes out.")
     policy = Policy(agent, datasets[-1].action_space, env.env.action_space)
     contract = make_contract(script, checkpoint, settings, task, datasets, env, policy)
     out = args.out or args.run / "policy"

@@ -186,7 +186,7 @@ class Agent(nn.Module):
         """Learns V^mu; makes the optimizer, in which actor's and critics' sides have learning rates of their own."""
         if self.v_mu is not None and args.resume is None and args.init_from is None:  # there it comes with the rest
             optimizer = torch.optim.Adam(self.v_mu.parameters(), lr=3e-4, fused=True)
-            for _ in tqdm(range(min(50_000, args.offline_steps // 10)), "V^mu"):  # then it is frozen (appendix J)
+            for _ in tqdm(range(min(50_000, args.offline_steps)), "V^mu"):  # then it is frozen (appendix J)
                 batch = buffer.sample(args.batch_size)
                 optimizer.zero_grad()
                 (self.reference_value(batch).squeeze(1) - batch.mc_returns).square().mean().backward()

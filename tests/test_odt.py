@@ -6,9 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import minari
 import numpy as np
 import pytest
 import torch
+from minari.data_collector import EpisodeBuffer
 
 import cal_ql_continuous
 from baselines import odt_continuous as odt
@@ -579,3 +581,29 @@ def test_mutants_are_caught(old, new, check, tmp_path, monkeypatch):
     spec.loader.exec_module(mutant)
     with pytest.raises((AssertionError, RuntimeError, IndexError)):
         check(mutant)
+
+
+def test_fine_tuning_begins_where_the_offline_phase_ended(tmp_path, monkeypatch, capsys):
+    source = start(tmp_path, "source", monkeypatch, "--online-steps", "16")
+    kept = odt.read_checkpoint(str(source), "offline.pt")
+    assert odt.main(["--init-from", str(source), "--online-steps", "0", "--seed", "2"]) == 0
+    (run,) = {path.resolve() for path in Path("runs").iterdir()} - {source}
+    checkpoint = odt.read_checkpoint(str(run))
+    for name in ("agent", "buffer"):
+        assert_same(checkpoint[name], kept[name])
+    assert_same(checkpoint["optimizer"]["state"], kept["optimizer"]["state"])  # learning rates follow from the updates
+    updates = [each["progress"]["updates"] for each in (kept, checkpoint, odt.read_checkpoint(str(source)))]
+    assert updates[0] == updates[1] < updates[2]
+    assert odt.main(["--init-from", str(source), "--num-layers", "2"]) == 2
+    assert "error: --init-from: " in capsys.readouterr().err
+
+
+def test_data_without_an_environment_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = minari.load_dataset("cal-ql/pick-place/narrow-v0")
+    spaces = dict(action_space=data.action_space, observation_space=data.observation_space)
+    (episode,) = data.iterate_episodes([0])
+    columns = (episode.observations, episode.actions, episode.rewards, episode.terminations, episode.truncations)
+    minari.create_dataset_from_buffers("mine/nowhere-v0", [EpisodeBuffer(0, None, None, *columns)], **spaces)
+    assert odt.main([*RUN, "--env-id", "mine/nowhere-v0", "--online-steps", "0"]) == 2
+    assert "names no environment" in capsys.readouterr().err

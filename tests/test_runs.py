@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -808,6 +809,20 @@ def test_no_environment_of_the_users(name, message, cal_ql, point, runs, capsys)
     assert start(cal_ql, *WITHOUT, "--online-env", name) == 2
     line = error_line(capsys)
     assert "environment cannot be made" in line and message in line and not runs.exists()
+
+
+def test_the_robot_of_the_documentation(cal_ql, runs, tmp_path, monkeypatch):
+    """The page's code and its two commands, with fewer steps."""
+    page = (Path(cal_ql.__file__).parent / "docs/no_environment.md").read_text()
+    (tmp_path / "robot.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "robot", raising=False)
+    importlib.import_module("robot").record()
+    first, second = re.findall(r"^python cal_ql_continuous.py (.*)$", page.replace("\\\n", ""), re.MULTILINE)
+    assert start(cal_ql, *first.split(), "--offline-steps", "30") == 0
+    flags = second.replace("runs/<run>", str(only(runs))).split()
+    assert start(cal_ql, *flags, "--online-steps", "50", "--eval-episodes", "2") == 0
 
 
 # ---- Online episodes as a dataset ------------------------------------------------------------------------------------

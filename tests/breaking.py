@@ -464,9 +464,8 @@ def alter_states(state: dict, others: dict) -> dict:
     for name, other in others.items():  # whole, but another script's; of another size it would be sound
         if name != "another size":
             table[name] = lambda state, other=other: (state.clear(), state.update(other))
-            table[f"{name}, under this name"] = lambda state, other=other: state.update(
-                other | {"script": "cal_ql_continuous.py"}
-            )
+    td3 = others["baselines.td3_bc_continuous"] | {"script": "cal_ql_continuous.py"}
+    table["another script's under this name"] = lambda state: state.update(td3)  # CQL's would be sound
     table["another size's agent"] = lambda state: state.update(agent=others["another size"]["agent"])
     return table
 

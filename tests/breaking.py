@@ -461,12 +461,11 @@ def alter_states(state: dict, others: dict) -> dict:
     }
     for name, value in OUT_OF_RANGE.items():
         table[f"{name} {value}"] = put_at(("args", name), lambda _, value=value: value)
-    for name, other in others.items():  # whole, but another script's, another size's
-        table[name] = lambda state, other=other: (state.clear(), state.update(other))
+    for name, other in others.items():  # whole, but another script's; of another size it would be sound
         if name != "another size":
-            table[f"{name}, under this name"] = lambda state, other=other: state.update(
-                other | {"script": state["script"]}
-            )
+            table[name] = lambda state, other=other: (state.clear(), state.update(other))
+    td3 = others["baselines.td3_bc_continuous"] | {"script": "cal_ql_continuous.py"}
+    table["another script's under this name"] = lambda state: state.update(td3)  # CQL's would be sound
     table["another size's agent"] = lambda state: state.update(agent=others["another size"]["agent"])
     return table
 
@@ -837,14 +836,17 @@ def draw_memory(rows: np.ndarray) -> None:
 # --- Command line -----------------------------------------------------------------------------------------------------
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["datasets", "checkpoints", "kills", "signals", "misuse", "memory"])
+    names = ["datasets", "checkpoints", "kills", "signals", "misuse", "memory"]
+    parser.add_argument("what", nargs="+", choices=names)
     parser.add_argument("--share", type=float, default=1.0, help="share of the tries, from 0 to 1")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    began = time.time()
-    counts = globals()[f"break_{args.what}"](args.share, random.Random(args.seed))
-    print(f"{args.what}: {counts} ({time.time() - began:.0f} s)")
-    return int(any(counts[name] for name in ("traceback", "silent", "lost")))
+    wrong = 0
+    for what in args.what:
+        began, counts = time.time(), globals()[f"break_{what}"](args.share, random.Random(args.seed))
+        print(f"{what}: {counts} ({time.time() - began:.0f} s)", flush=True)
+        wrong += counts["traceback"] + counts["silent"] + counts["lost"]
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

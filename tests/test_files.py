@@ -222,7 +222,7 @@ def test_named_files_and_flags_exist(path):
     for name in {*names} - {"robot.py"}:  # which its page prints
         folders = ("", "tools/", "collect/", "baselines/", "tests/")
         assert any((ROOT / folder / name).exists() for folder in folders), name
-    known = "".join(file.read_text() for file in [*SCRIPTS, *TOOLS, ROOT / "benchmark.sh"])
+    known = "".join(file.read_text() for file in [*SCRIPTS, *TOOLS, ROOT / "benchmark.sh", ROOT / "tests/breaking.py"])
     for flag in set(re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)) - {"logdir"}:  # TensorBoard's
         name = flag.removeprefix("no-").replace("-", "_")
         assert re.search(rf"\b{name}\b", known) or f"--{flag}" in known, flag

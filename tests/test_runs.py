@@ -7,10 +7,11 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
-import resource
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -388,6 +389,18 @@ DAMAGES = {
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "another script's": lambda path: save_as(path, {"script": "cal_ql_pixels.py"}),
     "code": lambda path: path.write_bytes(pickle.dumps(Code())),
+    # Whole, but of another version.
+    "a setting more": lambda path: save_as(path, {"args": read(path.parent)["args"] | {"new": 1}}),
+    "no settings": lambda path: save_as(path, {"args": {}}),
+    "no networks": lambda path: save_as(path, {"agent": {}}),
+    "no progress": lambda path: save_as(path, {"progress": {}}),
+    "no evaluations": lambda path: save_as(path, {"progress": read(path.parent)["progress"] | {"rows": []}}),
+    "no moments": lambda path: save_as(path, {"optimizer": {"state": {}}}),
+    "no random state": lambda path: save_as(path, {"rng": []}),
+    "no replay": lambda path: save_as(path, {"buffer": {}}),
+    "another dataset's replay": lambda path: save_as(
+        path, {"buffer": read(path.parent)["buffer"] | {"num_offline": 1}}
+    ),
 }
 
 
@@ -401,7 +414,7 @@ def test_bad_checkpoint_is_refused_and_kept(damage, finished, capsys):
     others = {each: each.read_bytes() for each in run.iterdir() if each != path}
     assert start(script, "--resume", str(run)) == 2
     line = error_line(capsys)
-    assert line.startswith("error: ") and "finished" in line
+    assert line.startswith("error: ") and ("finished" in line or "this run cannot be continued" in line)
     assert ("cal_ql_pixels.py" in line) == (damage is DAMAGES["another script's"])
     assert before == (path.read_bytes() if path.is_file() else path.exists())
     assert others == {each: each.read_bytes() for each in run.iterdir() if each != path}
@@ -480,6 +493,35 @@ def test_a_full_disk_keeps_the_last_checkpoint(share, finished, capsys):
     assert "File too large" in error_line(capsys)
     assert (run / "checkpoint.pt").read_bytes() == before
     assert start(script, "--resume", str(run), "--online-steps", "20") == 0
+
+
+def test_a_killed_process_of_the_evaluation(cal_ql, runs, monkeypatch, capsys):
+    def kill():
+        multiprocessing.active_children()[0].kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cal_ql, "update", at_call(100, cal_ql.update, kill))
+        assert start(cal_ql, *TINY, "--eval-async") == 2
+    assert "--eval-async was killed" in error_line(capsys)
+    assert read(only(runs))["progress"]["updates"] == 80
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ctrl_c_amid_the_imports_says_nothing(name, tmp_path):
+    code = Path(importlib.import_module(name).__file__)
+    shutil.copy(code, tmp_path)
+    (tmp_path / "gymnasium.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    result = subprocess.run([sys.executable, tmp_path / code.name], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_two_processes_may_continue_one_run(cal_ql, runs):
+    """Each writes a file of its own before it replaces the checkpoint."""
+    assert start(cal_ql, *TINY, "--offline-steps", "3", "--online-steps", "0") == 0
+    run = only(runs)
+    (run / "checkpoint.1.partial").write_text("another process's")
+    assert start(cal_ql, "--resume", str(run), "--offline-steps", "5") == 0
+    assert (run / "checkpoint.1.partial").read_text() == "another process's" and read(run)["progress"]["updates"] == 5
 
 
 def test_a_file_in_the_place_of_runs(cal_ql, runs, capsys):

@@ -311,7 +311,7 @@ def test_replay_keeps_the_best_and_replaces_the_worst_first():
 
 def test_replay_refuses_another_dataset():
     state = make_buffer(odt, [make_episode(odt, [0, 1])]).state_dict()
-    with pytest.raises(odt.InputError, match="dataset has changed"):
+    with pytest.raises(ValueError, match="dataset has changed"):
         make_buffer(odt, [make_episode(odt, [0, 1, 1])]).load_state_dict(state)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cal_ql_continuous import Args, Episode, InputError, ReplayBuffer, monte_carlo_returns
+from cal_ql_continuous import Args, Episode, ReplayBuffer, monte_carlo_returns
 
 
 def make_episode(first: int, length: int, terminated: bool = True) -> Episode:
@@ -164,5 +164,5 @@ def test_state_dict_holds_no_more_than_the_online_transitions():
 
 def test_replay_of_another_dataset_is_refused():
     state = make_buffer([make_episode(0, 3)], buffer_size=5).state_dict()
-    with pytest.raises(InputError, match="the dataset has changed"):
+    with pytest.raises(ValueError, match="the dataset has changed"):
         make_buffer([make_episode(0, 4)], buffer_size=5).load_state_dict(state)

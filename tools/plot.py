@@ -591,7 +591,7 @@ def load_script(run: Path):
         known = {script.name: script for script in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]}
         spec = importlib.util.spec_from_file_location(known[name].stem, known[name])
     except Exception as error:  # whatever torch raises for a damaged file
-        raise InputError(f"{path} is no checkpoint of a script that is here ({error!r}).") from error
+        raise InputError(f"{path} is no checkpoint of a script that is here ({error!r:.200}).") from error
     sys.path.append(str(ROOT))  # where `collect` is
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # before its dataclasses are made

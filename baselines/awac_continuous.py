@@ -20,8 +20,7 @@ import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid the imports ends the process without a traceback
-elif __name__ == "__mp_main__":  # a process of --eval-async leaves Ctrl-C to the run, and ends with it without a word
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+elif __name__ == "__mp_main__":  # a process of --eval-async, which ends with the run, without a word
     sys.stderr = open(os.devnull, "w")
 
 import copy
@@ -628,7 +627,9 @@ def train(args: Args) -> None:
     env = make_one_env()
     async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
     gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this: Ctrl-C is the run's to answer
     eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
+    signal.signal(signal.SIGINT, on_signal)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
     if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:

@@ -737,15 +737,15 @@ def test_signal_saves_and_the_run_goes_on_from_there(script, whole, monkeypatch)
     check_equal(run, whole)
 
 
-def test_fine_tuning_in_the_users_environment_without_the_data(whole, capsys):
+def test_fine_tuning_in_the_users_environment_without_the_data(script, whole, capsys):
     """From the end of the offline phase, after a warm-up, as in the scripts that see states."""
     flags = ["--mixing-ratio", "0", "--warmup-steps", "16", "--seed", "2", "--episode-length", "8"]
-    assert main(["--init-from", str(whole), "--online-env", "dot_env:DotEnv", *flags]) == 0
+    assert script.main(["--init-from", str(whole), "--online-env", "dot_env:DotEnv", *flags]) == 0
     run = take_run("fine-tuned")
     rows = read_rows(run)
     assert rows[0]["updates"] == "12" and int(rows[-1]["env_steps"]) >= 30
     assert int(rows[-1]["updates"]) < 12 + 2 * int(rows[-1]["env_steps"])
-    assert main(["--init-from", str(whole), "--online-env", "dot_env:Nothing"]) == 2
+    assert script.main(["--init-from", str(whole), "--online-env", "dot_env:Nothing"]) == 2
     assert "dot_env:Nothing's environment cannot be made" in capsys.readouterr().err
 
 

@@ -615,6 +615,17 @@ def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buff
 
 
 # --- Training and command line (common) -------------------------------------------------------------------------------
+def make_eval_envs(make_one_env, args: Args) -> gym.vector.VectorEnv:
+    """The environments of an evaluation, all in this process or, with --eval-async, in one each."""
+    if not args.eval_async:
+        return gym.vector.SyncVectorEnv([make_one_env] * args.eval_episodes)
+    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
+    envs = gym.vector.AsyncVectorEnv([make_one_env] * args.eval_episodes, context="spawn")  # forks would share CUDA
+    signal.signal(signal.SIGINT, on_signal)
+    return envs
+
+
 def train(args: Args) -> None:
     """Runs both phases, or what is left of them when resumed. Raises InputError; exits at a signal or a NaN."""
     torch.set_flush_denormal(True)  # denormal gradients and moments slow a processor down; threads inherit this
@@ -625,11 +636,7 @@ def train(args: Args) -> None:
     datasets = [open_dataset(dataset_id) for dataset_id in task.datasets]
     make_one_env = functools.partial(make_env, datasets[-1], task, args.episode_length, args.online_env)
     env = make_one_env()
-    async_env = functools.partial(gym.vector.AsyncVectorEnv, context="spawn")  # forks would share CUDA and OpenGL
-    gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this: Ctrl-C is the run's to answer
-    eval_envs = (async_env if args.eval_async else gym.vector.SyncVectorEnv)([make_one_env] * args.eval_episodes)
-    signal.signal(signal.SIGINT, on_signal)
+    eval_envs = make_eval_envs(make_one_env, args)
     episodes, sparse, held_out = load_episodes(datasets, task, env), task.domain != "any other", None
     if env.spec is None:  # there is none: every tenth episode is held out to evaluate with
         if args.online_steps > 0 or len(episodes) < 2:

@@ -66,7 +66,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
     offline_steps: int = 500_000  # gradient updates of the offline phase
     online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
-    warmup_steps: int = 0  # of them, how many come before the first online update, completed to whole episodes
+    warmup_steps: int = 0  # of them, how many the policy plays before the first online update
     offline_eval_interval: int = 50_000  # updates between two evaluations offline
     online_eval_interval: int = 5_000  # environment steps between two evaluations online
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
@@ -98,7 +98,7 @@ class Args:
     cql_lagrange: bool = False  # multiply the weight by a learned factor that brings the gap to its target
     target_action_gap: float = 0.8  # that target
     importance_sampling: bool = True  # subtract the sampled actions' log-densities in the log-sum-exp
-    reference_value: Literal["returns", "learned"] = "returns"  # V^mu(s): each row's, or a network fitted to them
+    reference_value: Literal["returns", "learned"] = "returns"  # V^mu(s): the return, or a network fitted to returns
 
 
 # --- Batch and networks (common) --------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ class Agent(nn.Module):
         """Learns V^mu; makes the optimizer, in which actor's and critics' sides have learning rates of their own."""
         if self.v_mu is not None and args.resume is None and args.init_from is None:  # there it comes with the rest
             optimizer = torch.optim.Adam(self.v_mu.parameters(), lr=3e-4, fused=True)
-            for _ in tqdm(range(min(50_000, args.offline_steps)), "V^mu"):  # then it is frozen (appendix J)
+            for _ in tqdm(range(min(50_000, args.offline_steps or 50_000)), "V^mu"):  # then frozen (appendix J)
                 batch = buffer.sample(args.batch_size)
                 optimizer.zero_grad()
                 (self.reference_value(batch).squeeze(1) - batch.mc_returns).square().mean().backward()
@@ -609,7 +609,8 @@ def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
         file.seek(0)  # its digest goes after the end, where torch.load does not look
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
     if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
-        (run / "offline.pt").write_bytes(partial.read_bytes())
+        partial.with_suffix(".offline").write_bytes(partial.read_bytes())
+        os.replace(partial.with_suffix(".offline"), run / "offline.pt")
     os.replace(partial, run / "checkpoint.pt")
 
 
@@ -673,9 +674,9 @@ def make_eval_envs(make_one_env, args: Args) -> gym.vector.VectorEnv:
     if not args.eval_async:
         return gym.vector.SyncVectorEnv([make_one_env] * args.eval_episodes)
     gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
     envs = gym.vector.AsyncVectorEnv([make_one_env] * args.eval_episodes, context="spawn")  # forks would share CUDA
-    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGINT, before)
     return envs
 
 
@@ -700,7 +701,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     agent = Agent(*env.observation_space.shape, *env.action_space.shape, args).to(device)
     optimizer = agent.prepare(buffer, args)
-    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, seven times faster
+    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, six times faster or more
     for online, with_actor in itertools.product((False, True), (False, True)):
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step

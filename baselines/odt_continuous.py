@@ -573,7 +573,8 @@ def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
         file.seek(0)  # its digest goes after the end, where torch.load does not look
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
     if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
-        (run / "offline.pt").write_bytes(partial.read_bytes())
+        partial.with_suffix(".offline").write_bytes(partial.read_bytes())
+        os.replace(partial.with_suffix(".offline"), run / "offline.pt")
     os.replace(partial, run / "checkpoint.pt")
 
 
@@ -637,9 +638,9 @@ def make_eval_envs(make_one_env, args: Args) -> gym.vector.VectorEnv:
     if not args.eval_async:
         return gym.vector.SyncVectorEnv([make_one_env] * args.eval_episodes)
     gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
     envs = gym.vector.AsyncVectorEnv([make_one_env] * args.eval_episodes, context="spawn")  # forks would share CUDA
-    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGINT, before)
     return envs
 
 

@@ -66,7 +66,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too; WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE are obeyed
     offline_steps: int = 500_000  # gradient updates of the offline phase
     online_steps: int = 500_000  # environment steps of the online phase, completed to whole episodes
-    warmup_steps: int = 0  # of them, how many come before the first online update, completed to whole episodes
+    warmup_steps: int = 0  # of them, how many the policy plays before the first online update
     offline_eval_interval: int = 50_000  # updates between two evaluations offline
     online_eval_interval: int = 5_000  # environment steps between two evaluations online
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy
@@ -569,7 +569,8 @@ def save(run: Path, args: Args, progress: SimpleNamespace, **parts) -> None:
         file.seek(0)  # its digest goes after the end, where torch.load does not look
         file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
     if progress.env_steps == 0:  # the last of the offline phase stays, for --init-from
-        (run / "offline.pt").write_bytes(partial.read_bytes())
+        partial.with_suffix(".offline").write_bytes(partial.read_bytes())
+        os.replace(partial.with_suffix(".offline"), run / "offline.pt")
     os.replace(partial, run / "checkpoint.pt")
 
 
@@ -633,9 +634,9 @@ def make_eval_envs(make_one_env, args: Args) -> gym.vector.VectorEnv:
     if not args.eval_async:
         return gym.vector.SyncVectorEnv([make_one_env] * args.eval_episodes)
     gym.vector.AsyncVectorEnv.__del__ = lambda envs: None  # its processes end with this one, and need no farewell
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit this: Ctrl-C is the run's to answer
     envs = gym.vector.AsyncVectorEnv([make_one_env] * args.eval_episodes, context="spawn")  # forks would share CUDA
-    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGINT, before)
     return envs
 
 
@@ -660,7 +661,7 @@ def train(args: Args) -> None:
     torch.manual_seed(args.seed)
     agent = Agent(*env.observation_space.shape, *env.action_space.shape, args).to(device)
     optimizer = agent.prepare(buffer, args)
-    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, seven times faster
+    steps = {}  # the update for each phase, with the actor and without; on CUDA as graphs, six times faster or more
     for online, with_actor in itertools.product((False, True), (False, True)):
         step = functools.partial(update, agent, optimizer, args, online, with_actor)
         steps[online, with_actor] = CudaGraphModule(step, warmup=3) if device.type == "cuda" else step

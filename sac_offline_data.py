@@ -481,12 +481,12 @@ def make_env(dataset: minari.MinariDataset, task: Task, episode_length: int, onl
         if online_env is not None:
             gym.register("online-env-v0", entry_point=online_env if ":" in online_env else f"{online_env}:make")
             spec = gym.spec("online-env-v0")
-        if spec is None:
+        if spec is None and task.domain != "antmaze":  # which needs its maze
             env = gym.Env()
             env.observation_space, env.action_space = dataset.observation_space, box
             return TaskEnv(env, task, box)
-        if spec.id not in gym.registry or spec.additional_wrappers:
-            raise ValueError(f"{spec.id} is not registered here, or needs wrappers (--online-env)")
+        if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
+            raise ValueError(f"{spec and spec.id} is not registered here, or needs wrappers (--online-env)")
         kwargs = dict(spec.kwargs, max_episode_steps=episode_length or spec.max_episode_steps)
         if task.domain == "antmaze" and online_env is None:
             # The maze of the data itself (Minari's evaluation maps are mirrored for umaze), with one start and goal.

@@ -607,6 +607,7 @@ METADATA_SPOILED = {
     "another environment": lambda metadata: metadata["env_spec"].update(id="FrankaKitchen-v1", kwargs={}),
     "another task's dataset": lambda metadata: metadata.update(dataset_id="D4RL/antmaze/large-play-v1"),
     "no environment": lambda metadata: metadata.update(env_spec=None),
+    "environment left out": lambda metadata: metadata.pop("env_spec"),
     "other actions": lambda metadata: metadata.update(action_space=box(9, 1.0)),
     "unbounded actions": lambda metadata: metadata.update(action_space=box(8, math.inf)),
     "discrete actions": lambda metadata: metadata.update(action_space='{"type": "Discrete", "dtype": "int64", '

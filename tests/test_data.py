@@ -438,7 +438,8 @@ def rewrite(source: str, target: str, datasets_path: Path, change) -> None:
     metadata = json.loads(path.read_text()) | {"dataset_id": target}
     metadata["env_spec"] = json.loads(metadata["env_spec"])
     change(metadata)
-    metadata["env_spec"] = json.dumps(metadata["env_spec"])
+    if "env_spec" in metadata:
+        metadata["env_spec"] = json.dumps(metadata["env_spec"])
     path.write_text(json.dumps(metadata))
 
 

@@ -289,17 +289,22 @@ def test_a_second_signal_stops_at_once(cal_ql, runs, monkeypatch):
     assert read(only(runs))["progress"]["updates"] == 80
 
 
-def test_killed_while_saving_keeps_the_last_checkpoint(cal_ql, runs, monkeypatch):
+@pytest.mark.parametrize("call", [3, 4], ids=["before offline.pt", "before checkpoint.pt"])
+def test_killed_while_saving_keeps_the_last_checkpoint(call, cal_ql, runs, monkeypatch):
+    """In the second save of the offline phase; each replaces two files."""
+
     def run():
         def kill():
             os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr(cal_ql.os, "replace", at_call(2, os.replace, kill))
+        monkeypatch.setattr(cal_ql.os, "replace", at_call(call, os.replace, kill))
         start(cal_ql, *TINY)
 
     assert in_child(run) == signal.SIGKILL
     (run,) = runs.iterdir()
     assert [*run.glob("checkpoint.*.partial")] and read(run)["progress"]["updates"] == 0
+    offline = cal_ql.read_checkpoint(str(run), "offline.pt")["progress"]["updates"]
+    assert offline == (0 if call == 3 else 80)
     assert start(cal_ql, "--resume", str(run), "--offline-steps", "10", "--online-steps", "0") == 0
 
 

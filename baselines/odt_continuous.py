@@ -678,6 +678,8 @@ def train(args: Args) -> None:
         bar.n = progress.offline_updates + progress.env_steps
         bar.refresh()
         for name, value in scalars.items():
+            if name.startswith("losses/") and not math.isfinite(value):
+                sys.exit(f"error: {name} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
             writer.add_scalar(name, value, bar.n)
 
     def train_step(online: bool) -> None:
@@ -772,7 +774,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if isinstance(reason, EOFError | ConnectionError):
             reason = "a process of --eval-async was killed; --resume goes on from the last checkpoint"
-        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        reason = str(reason).splitlines()[0]
+        if "memory" in reason and Path("/proc/meminfo").exists():
+            reason += f" ({re.search('MemAvailable: *(.*)', Path('/proc/meminfo').read_text())[1]} are free)"
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0
 

@@ -639,6 +639,13 @@ def restore(args: Args, agent: nn.Module, optimizer: torch.optim.Optimizer, buff
 
 
 # --- Training and command line (common) -------------------------------------------------------------------------------
+def check_finite(values: dict, progress: SimpleNamespace, run: Path) -> None:
+    """Ends the run at the first loss or weight that is not finite; its last checkpoint stays."""
+    for name, value in values.items():
+        if not value.isfinite().all():
+            sys.exit(f"error: {name} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
+
+
 def make_eval_envs(make_one_env, args: Args) -> gym.vector.VectorEnv:
     """The environments of an evaluation, all in this process or, with --eval-async, in one each."""
     if not args.eval_async:
@@ -697,6 +704,7 @@ def train(args: Args) -> None:
         progress.offline_updates += not online
         metrics = steps[online, progress.updates % args.actor_interval == 0](buffer.sample(args.batch_size))
         if progress.updates % (100 * args.utd_ratio) == 0:
+            check_finite(metrics, progress, run)
             log(metrics, behind)
 
     def pause(evaluation_due: bool) -> None:
@@ -704,8 +712,7 @@ def train(args: Args) -> None:
         nonlocal saved
         if not (evaluation_due or SIGNALS or time.time() - saved > 600):
             return
-        if bad := [name for name, weight in agent.named_parameters() if not weight.isfinite().all()]:
-            sys.exit(f"error: {bad[0]} is not finite after {progress.updates} updates; {run} keeps its checkpoint")
+        check_finite(dict(agent.named_parameters()), progress, run)
         if evaluation_due:
             row = evaluate(eval_envs, agent, held_out or buffer, progress, args) | {"wall_time": time.time() - began}
             progress.rows.append(row)
@@ -785,7 +792,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if isinstance(reason, EOFError | ConnectionError):
             reason = "a process of --eval-async was killed; --resume goes on from the last checkpoint"
-        print(f"error: {str(reason).splitlines()[0]}", file=sys.stderr)
+        reason = str(reason).splitlines()[0]
+        if "memory" in reason and Path("/proc/meminfo").exists():
+            reason += f" ({re.search('MemAvailable: *(.*)', Path('/proc/meminfo').read_text())[1]} are free)"
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     return 0
 

@@ -483,6 +483,14 @@ def test_weights_that_are_not_finite_end_the_run(script, runs, monkeypatch, caps
     assert len(table(only(runs))) == 2
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_by_its_name(script, runs, monkeypatch, capsys):
+    update = script.update
+    monkeypatch.setattr(script, "update", lambda *rest: update(*rest) | {"losses/qf_loss": torch.tensor(math.inf)})
+    assert start(script, *TINY, "--utd-ratio", "1") == 1
+    assert "losses/qf_loss is not finite after 100 updates" in error_line(capsys)
+    assert read(only(runs))["progress"]["updates"] == 80
+
+
 @cal_ql_only
 @pytest.mark.parametrize("share", [0.1, 0.9, 0.9999])
 def test_a_full_disk_keeps_the_last_checkpoint(share, finished, capsys):

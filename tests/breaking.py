@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -56,6 +57,7 @@ import test_plot  # noqa: E402
 import test_runs  # noqa: E402
 import torch  # noqa: E402
 from test_data import box, make_adroit_episode, make_ant_episode, make_spec, put, text, write_dataset  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from collect import pick_place, point_maze  # noqa: E402
 
@@ -111,6 +113,7 @@ def attempt(work, limit: int = 300) -> tuple[int, str]:
 
 
 def start(name: str, flags: list[str]) -> int:
+    tqdm.set_lock(threading.RLock())  # its own is shared among forks, and one that is killed may hold it for ever
     return importlib.import_module(name).main(flags)
 
 

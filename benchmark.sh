@@ -16,7 +16,7 @@ usage() {
   cat <<'EOF'
 ./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, pre-train and fine-tune on them: minutes
                                     on a CPU; FLAGS go to cal_ql_continuous.py, for example --seed 2
-./benchmark.sh antmaze-umaze [FLAGS]   collect data of the smallest AntMaze and train on it: an hour or two on a CPU
+./benchmark.sh antmaze-umaze [FLAGS]   collect data of the smallest AntMaze and train on it: over an hour on a CPU
 ./benchmark.sh test [FLAGS]         install, then run the tests; FLAGS go to pytest
 ./benchmark.sh GROUP [OPTIONS] [-- FLAGS]   run a group of experiments; FLAGS are added to each command
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_LINES = {"cal_ql_continuous.py": 837, "cql_continuous.py": 837, "sac_offline_data.py": 802}
+MOST_LINES = {"cal_ql_continuous.py": 836, "cql_continuous.py": 834, "sac_offline_data.py": 800}
 SCRIPTS = list(MOST_LINES)
 STATEMENT = "q_next, q_pi = torch.maximum(q_next, v_mu), torch.maximum(q_pi, v_mu)"
 BANNER = re.compile(r"^ *# --- (.+? \(common\))(?: -+)?$", re.MULTILINE)
@@ -181,7 +181,7 @@ def test_sac_has_no_setting_of_cql(name):
 @pytest.mark.parametrize("name", WITH_SAC_PIXELS)
 def test_a_script_is_short_enough_to_read(name):
     lines = read(name).splitlines()
-    assert len(lines) <= MOST_LINES.get(name, 837)
+    assert len(lines) <= MOST_LINES.get(name, 804)
     assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
     functions = [node for node in ast.walk(ast.parse(read(name))) if isinstance(node, ast.FunctionDef)]
     assert {"train", "update"} <= {node.name for node in functions}

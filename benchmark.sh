@@ -24,7 +24,7 @@ They use the active virtual environment or conda environment; without one they m
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
-           visual                     visual manipulation, on a task of ours: the first six algorithms below
+           visual                     visual manipulation, on a task of ours: cal_ql to hybrid_rl, iql, awac
            figure2                    the start of the paper: offline methods in fine-tuning, on pick-place
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
@@ -80,6 +80,7 @@ command_of() {
     sac_pixels) echo "python baselines/sac_pixels.py $run --mixing-ratio 0" ;;
     sac_offline_data_pixels) echo "python baselines/sac_pixels.py $run --mixing-ratio -1" ;;
     hybrid_rl_pixels) echo "python baselines/sac_pixels.py $run" ;;
+    iql_pixels | awac_pixels) echo "python baselines/$algo.py $run" ;;
     cal_ql) echo "python cal_ql_continuous.py $run" ;;
     cal_ql_learned) echo "python cal_ql_continuous.py $run --reference-value learned" ;;
     cql) echo "python cql_continuous.py $run" ;;
@@ -104,13 +105,13 @@ command_of() {
 # commands GROUP ALGOS SEEDS: the commands of a group, one a line; empty ALGOS take the group's own.
 commands_of() {
   local six="cal_ql,cql,cql_sac,sac,sac_offline_data,hybrid_rl" tasks algos group
-  local nine="$six,iql,awac,o3f"
+  local nine="$six,iql,awac,o3f" visual="$six,iql,awac"
   case "$1" in
     antmaze) tasks="antmaze-large-diverse antmaze-large-play antmaze-medium-diverse antmaze-medium-play" algos=$nine,odt ;;
     kitchen) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=$nine ;;
     adroit) tasks="pen-binary door-binary relocate-binary" algos=$nine ;;
     visual)
-      tasks=pick-place-pixels algos=$six
+      tasks=pick-place-pixels algos=$visual
       for algo in ${2//,/ }; do
         [[ ",$algos," == *",$algo,"* ]] || die "group visual has the algorithms $algos alone."
       done
@@ -129,7 +130,7 @@ commands_of() {
         for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 umaze pick-place; do
           commands_of "$group" "$2" "$3"
         done
-        for algo in ${six//,/ }; do # those of visual that are asked for
+        for algo in ${visual//,/ }; do # those of visual that are asked for
           if [[ ",${2:-$algo}," == *",$algo,"* ]]; then commands_of visual "$algo" "$3"; fi
         done
       } | awk '!seen[$0]++' # groups overlap

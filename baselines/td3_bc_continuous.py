@@ -98,9 +98,8 @@ class Args:
 
 
 # --- Batch and networks -----------------------------------------------------------------------------------------------
-# Transitions as tensors: observations [B, O], actions [B, A] in (-1, 1), rewards [B] scaled and biased,
-# next_observations [B, O], terminations [B] (1.0 where the environment ended the episode, 0.0 at a time limit), and
-# mc_returns [B], the discounted return from here to the episode's end.
+# Transitions: observations [B, O], actions [B, A] in (-1, 1), rewards [B] scaled and biased, next_observations [B, O],
+# terminations [B] (1.0 where the environment ended the episode, 0.0 at a time limit), mc_returns [B] from here on.
 Batch = namedtuple("Batch", "observations actions rewards next_observations terminations mc_returns")
 
 
@@ -181,9 +180,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, parameters) ->
     optimizer.step()
 
 
-def update(
-    agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, batch: Batch
-) -> dict[str, torch.Tensor]:
+def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, batch: Batch) -> dict:
     """One update: the critics; then, where `with_actor` says so, the actor with the new critics, and all targets.
 
     `online` matters to the decay of 1 / alpha alone. Returns scalars to log, which stay on the device.

@@ -70,6 +70,8 @@ SCRIPTS = {  # and tiny runs of both phases
     "cal_ql_pixels": test_pixels.DOTS,
     "baselines.cql_pixels": test_pixels.DOTS,
     "baselines.sac_pixels": ["--env-id", "test/dot-v0", *test_pixels.tiny(test_pixels.sac_pixels)],
+    "baselines.iql_pixels": ["--env-id", "test/dot-v0", *test_pixels.tiny(test_pixels.iql_pixels)],
+    "baselines.awac_pixels": ["--env-id", "test/dot-v0", *test_pixels.tiny(test_pixels.awac_pixels)],
     "baselines.iql_continuous": RIVALS,
     "baselines.awac_continuous": RIVALS,
     "baselines.td3_bc_continuous": RIVALS,

@@ -1,5 +1,6 @@
 """The files themselves: requirements, imports, help, commands, README and docs."""
 
+import csv
 import importlib
 import json
 import re
@@ -143,7 +144,7 @@ def test_dry_run_prints_commands_that_parse():
         assert python == "python" and args.seed == 1 and args.env_id in module.TASKS, line
 
 
-def test_visual_group_is_cal_ql_cql_and_the_sac_family():
+def test_visual_group_has_each_cell_of_table_2():
     names = []
     for line in benchmark("visual", "--dry-run", "--seeds", "1").stdout.splitlines():
         _, path, *flags = shlex.split(line)
@@ -151,7 +152,9 @@ def test_visual_group_is_cal_ql_cql_and_the_sac_family():
         config = vars(module.parse_args(flags))
         assert config["env_id"] == "pick-place-pixels" and path.endswith("_pixels.py")
         names.append(plot.name_algorithm(Path(path).stem, config))
-    assert names == ["Cal-QL", "CQL", "CQL+SAC", "SAC", "SAC + offline data", "Hybrid RL"]
+    assert names == ["Cal-QL", "CQL", "CQL+SAC", "SAC", "SAC + offline data", "Hybrid RL", "IQL", "AWAC"]
+    with (ROOT / "tools/paper.csv").open() as file:
+        assert {row["algorithm"] for row in csv.DictReader(file) if row["task"] == "manipulation"} == {*names}
 
 
 def test_flags_of_the_second_quick_start_parse():
@@ -191,7 +194,7 @@ def test_run_one_runs_a_line_as_it_was_printed(tmp_path):
     ["antmaze", "--seeds", "0", "--dry-run"],
     ["antmaze", "--workers", "-1", "--dry-run"],
     ["antmaze", "--nonsense"],
-    ["visual", "--algos", "cql,iql", "--dry-run"],
+    ["visual", "--algos", "cql,o3f", "--dry-run"],
     ["run-one"],
     ["run-one", "a", "b"],
     ["run-one", "touch x"],

@@ -26,7 +26,7 @@ from torch.nn import functional
 
 import cal_ql_continuous as plain
 import cal_ql_pixels as pixels
-from baselines import sac_pixels
+from baselines import awac_pixels, iql_pixels, sac_pixels
 from cal_ql_pixels import Agent, Args, Encoder, Episode, ReplayBuffer, main, random_shift
 
 CPU = torch.device("cpu")
@@ -37,9 +37,13 @@ gym.register("test/Dot-v0", entry_point="dot_env:DotEnv", max_episode_steps=8)
 SMALL = dict(actor_layers=(8,), critic_layers=(8,), batch_size=5)
 
 
-@pytest.fixture(scope="module", params=[pixels, sac_pixels], ids=lambda script: script.__name__)
+SCRIPTS = [pixels, sac_pixels, iql_pixels, awac_pixels]  # CQL is Cal-QL less one statement
+sampling = pytest.mark.parametrize("script", SCRIPTS[:2], ids=lambda script: script.__name__)
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=lambda script: script.__name__)
 def script(request):
-    """For what each of the two algorithms has of its own; CQL is Cal-QL less one statement."""
+    """For what each of the algorithms has of its own; the losses of IQL and AWAC are in test_baselines.py."""
     return request.param
 
 
@@ -348,7 +352,9 @@ def test_actor_loss_leaves_the_encoder_untouched_and_targets_follow(script):
         after = agent.state_dict()
         moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
         learned = {"encoder", "critic", "target_encoder", "target_critic"}
-        assert moved == learned | ({"actor", "log_alpha"} if with_actor else set())
+        learned |= {"value"} if script is iql_pixels else set()
+        temperature = {"log_alpha"} & {name for name, _ in agent.named_parameters()}
+        assert moved == learned | ({"actor"} | temperature if with_actor else set())
         for name in after:
             if name.startswith(("encoder", "critic")):
                 target = torch.lerp(before[f"target_{name}"], after[name], args.tau)
@@ -366,8 +372,8 @@ def test_each_state_is_encoded_once(script, monkeypatch):
     one_update(script, agent, args, batch)
     assert sorted(seen, key=lambda call: call[0] is agent.target_encoder) == [
         (agent.encoder, 5),  # s
-        (agent.encoder, 5),  # s' for the policy
-        (agent.target_encoder, 5),  # s' for the target
+        (agent.encoder, 5),  # s', for the policy or for V
+        (agent.target_encoder, 5),  # for the target: s', in IQL s
     ]
 
 
@@ -395,6 +401,7 @@ def check_acting(script) -> None:
         assert uniform.min() < 0 < uniform.max() and uniform.abs().max() < 1
 
 
+@sampling
 def test_agent_acts_by_its_mean_or_a_draw(script):
     check_acting(script)
 
@@ -419,6 +426,7 @@ def check_probe(script) -> None:
     assert values == {"mean_q": pytest.approx(mean_q.item()), "mean_mc_return": 2e5, "bound_rate": pytest.approx(0.6)}
 
 
+@sampling
 def test_probe_sees_the_frames_as_they_are(script):
     check_probe(script)
 
@@ -439,6 +447,16 @@ def test_settings_of_the_visual_task_are_the_specification_s():
     assert {name: sac[name] for name in own} == own and {name: sac[name] for name in shared} == {
         name: args[name] for name in shared
     }
+    iql, awac = (vars(rival.task_defaults("pick-place-pixels")) for rival in (iql_pixels, awac_pixels))
+    own = dict(reward_scale=1.0, reward_bias=-1.0, actor_lr=3e-4, expectile=0.7, beta=10.0, actor_std=None)
+    assert {name: iql[name] for name in own} == own
+    shared = (args.keys() & iql.keys()) - own.keys()
+    assert {name: iql[name] for name in shared} == {name: args[name] for name in shared}
+    own = dict(reward_scale=1.0, reward_bias=-1.0, actor_lr=3e-4, temperature=1.0, mixing_ratio=-1.0)
+    own |= dict(actor_layers=(256,) * 4, critic_layers=(256,) * 4)
+    assert {name: awac[name] for name in own} == own
+    shared = (args.keys() & awac.keys()) - own.keys()
+    assert {name: awac[name] for name in shared} == {name: args[name] for name in shared}
 
 
 # ---- Replay ----------------------------------------------------------------------------------------------------------
@@ -601,8 +619,10 @@ DOTS = ["--env-id", "test/dot-v0", *TINY]
 
 
 def tiny(script) -> list[str]:
-    """TINY with what the script has: SAC samples no actions, and begins with random ones."""
-    return TINY if script is pixels else [*" ".join(TINY).replace("--num-actions 2", "--random-steps 9").split()]
+    """TINY with what the script has: Cal-QL alone samples many actions, and SAC begins with random ones."""
+    if script is pixels:
+        return TINY
+    return " ".join(TINY).replace("--num-actions 2", "--random-steps 9" if script is sac_pixels else "").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -621,7 +641,8 @@ def run_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
-    pixels.SIGNALS.clear(), sac_pixels.SIGNALS.clear()
+    for script in SCRIPTS:
+        script.SIGNALS.clear()
     torch.set_flush_denormal(False)
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -916,7 +937,7 @@ class TestGraph:
         """With constant numbers in place of the random ones, which a graph draws from states of its own."""
         batches = [self.make_cuda_batch(script, k) for k in range(50)]
         cases = [self.make_step(script, captured) for captured in (True, False)]
-        for name, number in (("randn", 0.3), ("rand", 0.7), ("randint", 2)):
+        for name, number in (("randn", 0.3), ("randn_like", 0.3), ("rand", 0.7), ("randint", 2)):
             draw = getattr(torch, name)
             monkeypatch.setattr(torch, name, lambda *a, d=draw, n=number, **k: torch.full_like(d(*a, **k), n))
         for name, value in (("deterministic", True), ("allow_tf32", False)):  # of the convolutions

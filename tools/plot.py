@@ -52,7 +52,9 @@ SCRIPTS = {
     "sac_offline_data": "SAC + offline data",
     "sac_pixels": "SAC + offline data",
     "iql_continuous": "IQL",
+    "iql_pixels": "IQL",
     "awac_continuous": "AWAC",
+    "awac_pixels": "AWAC",
     "td3_bc_continuous": "TD3+BC",
     "odt_continuous": "ODT",
 }

@@ -169,7 +169,7 @@ class Agent(nn.Module):
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of what this loss depends on: the optimizer leaves alone what has no gradient."""
+    """One step of what this loss depends on: zero_grad drops every gradient, and the optimizer skips what has none."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -211,7 +211,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data; a bound rate is for what is calibrated, and its column stays empty (NaN)."""
+    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}
 

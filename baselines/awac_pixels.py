@@ -7,11 +7,11 @@ by the exponential of its advantage over an action of the policy's own:
     min_Q   E_D[ sum_i ( Q_i(s,a) - r - gamma (1 - d) min_j Qtarget_j(s',a') )^2 ],  a' ~ pi(s')
     max_pi  sum_B softmax_B( (min_i Q_i(s,a) - min_i Q_i(s,a~)) / temperature ) log pi(a|s),  a~ ~ pi(s)
 
-The temperature is the paper's for its visual task; it gives no encoder, whose place in the losses is ours. Offline and
-online transitions are drawn alike (--mixing-ratio -1).
+The temperature is the paper's for its visual task. The paper describes no encoder: what trains it here is ours. Offline
+and online transitions are drawn alike (--mixing-ratio -1).
 
-    python baselines/awac_pixels.py --env-id pick-place-pixels
-    python baselines/awac_pixels.py --resume runs/<run>
+    python baselines/awac_pixels.py --env-id pick-place-pixels    # after `python -m collect.pick_place --camera`
+    python baselines/awac_pixels.py --resume runs/<run>           # continues from its last checkpoint
 """
 
 import os
@@ -76,7 +76,7 @@ class Args:
     online_env: str | None = None  # module:function that makes the environment, instead of the one that the data names
     reward_scale: float = 1.0  # rewards are multiplied by this ...
     reward_bias: float = 0.0  # ... and this is added
-    buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
+    buffer_size: int = 1_000_000  # online frames kept, T + 1 of an episode of T steps; the oldest are overwritten
     mixing_ratio: float = 0.5  # share of offline transitions in an online batch; below 0 all are sampled alike
     batch_size: int = 256  # transitions in a batch
     gamma: float = 0.99  # discount
@@ -209,7 +209,7 @@ class Agent(nn.Module):
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of what this loss depends on: the optimizer leaves alone what has no gradient."""
+    """One step of what this loss depends on: zero_grad drops every gradient, and the optimizer skips what has none."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -222,7 +222,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
     """
     actor, critic = agent.actor, agent.critic
 
-    # Each state is encoded once by an encoder that learns from the critics' loss alone; s' for the target critics too.
+    # The critics' loss alone trains the encoder; the actor gets detached features, the target critics its slow copy's.
     features = agent.encoder(random_shift(batch.observations, args.random_shift))  # [B, O]
     states = features.detach()
     with torch.no_grad():
@@ -239,12 +239,12 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
     descend(optimizer, td_loss.sum())
     metrics = {"losses/qf_loss": td_loss.mean(), "calibration/mean_q": q_data.mean()}
     with torch.no_grad():
-        for target, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
-            for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
+        for follower, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
+            for slow, fast in zip(follower.parameters(), learned.parameters(), strict=True):
                 slow.lerp_(fast, args.tau)
 
-    # The actor regresses on the data's actions, weighted by their advantage over an action of its own: by the new
-    # critics, on features of before the encoder's step.
+    # The actor regresses on the data's actions, weighted by their advantage over an action of its own. The critics have
+    # just stepped; the features are still those from before the encoder's step.
     if with_actor:
         with torch.no_grad():
             pair = torch.stack([batch.actions, actor.sample(states)], dim=1)
@@ -260,17 +260,17 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data; a bound rate is for what is calibrated, and its column stays empty (NaN)."""
+    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
     features = agent.encoder(batch.observations)  # of the frames as they are, not shifted
     q_data = agent.critic(features, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}
 
 
 # --- Settings of the tasks --------------------------------------------------------------------------------------------
-# Of the paper: the temperature (appendix H.5), steps and updates per step (G.4). Gamma is that of a co-author's later
-# code; rewards of {-1, 0}, the batch (that of all scripts from pixels) and the intervals are ours.
+# The paper's: temperature (appendix H.5), steps, updates per step (G.4). Gamma: a co-author's later code. Ours: rewards
+# of {-1, 0}, as AWAC has in Adroit; batches of 256, as in all scripts from pixels (1024 from states); the intervals.
 SETTINGS: dict[str, dict] = {
-    "every task": dict(buffer_size=110_000, mixing_ratio=-1.0),  # frames: T + 1 of an episode of T steps
+    "every task": dict(mixing_ratio=-1.0, buffer_size=110_000),  # frames: T + 1 of an episode of T steps
     "visual": dict(
         temperature=1.0, reward_bias=-1.0, gamma=0.96, utd_ratio=5, offline_steps=50_000, online_steps=100_000,
         offline_eval_interval=5_000, online_eval_interval=2_000),

@@ -87,7 +87,7 @@ class Args:
     # --- IQL
     expectile: float = 0.7  # the expectile of Q over the data's actions that V learns; 0.5 is their mean
     beta: float = 3.0  # advantages are multiplied by this in the exponent of the policy's weights
-    actor_std: float | None = None  # deviation of the policy; None learns one, a vector that no state changes
+    actor_std: float | None = None  # deviation of the policy; None learns one vector, the same for all states
     actor_dropout: float = 0.0  # share of the actor's hidden units that are dropped in training
     tau: float = 0.005  # rate at which the target critics follow the critics
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -161,14 +161,16 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.layers = linear_layers(obs_dim, *args.actor_layers, action_dim)
-        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(args.actor_std or 1.0)), args.actor_std is None)
+        self.std = args.actor_std
+        self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=self.std is None)
 
     def forward(self, observations: torch.Tensor, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [B, A] and deviation [A] for observations [B, O]; `dropout` is for training alone."""
         x = observations
         for layer in self.layers[:-1]:
             x = F.dropout(F.relu(layer(x)), dropout, training=dropout > 0)
-        return torch.tanh(self.layers[-1](x)), self.log_std.clamp(-5.0, 2.0).exp()
+        log_std = self.log_std if self.std is None else torch.full_like(self.log_std, math.log(self.std))
+        return torch.tanh(self.layers[-1](x)), log_std.clamp(-5.0, 2.0).exp()
 
 
 # --- Agent and update -------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ class Agent(nn.Module):
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of what this loss depends on: the optimizer leaves alone what has no gradient."""
+    """One step of what this loss depends on: zero_grad drops every gradient, and the optimizer skips what has none."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -253,7 +255,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data; a bound rate is for what is calibrated, and its column stays empty (NaN)."""
+    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}
 

@@ -8,10 +8,10 @@ weighted by the exponential of its advantage:
     max_pi  E_D[ min( exp(beta (min_i Qtarget_i(s,a) - V(s))), 100 ) log pi(a|s) ]
     min_Q   E_D[ sum_i ( Q_i(s,a) - r - gamma (1 - d) V(s') )^2 ]
 
-Expectile and beta are the paper's for its visual task; it gives no encoder, whose place in the losses is ours.
+Expectile and beta are the paper's for its visual task. The paper describes no encoder: what trains it here is ours.
 
-    python baselines/iql_pixels.py --env-id pick-place-pixels
-    python baselines/iql_pixels.py --resume runs/<run>
+    python baselines/iql_pixels.py --env-id pick-place-pixels    # after `python -m collect.pick_place --camera`
+    python baselines/iql_pixels.py --resume runs/<run>           # continues from its last checkpoint
 """
 
 import os
@@ -76,7 +76,7 @@ class Args:
     online_env: str | None = None  # module:function that makes the environment, instead of the one that the data names
     reward_scale: float = 1.0  # rewards are multiplied by this ...
     reward_bias: float = 0.0  # ... and this is added
-    buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
+    buffer_size: int = 1_000_000  # online frames kept, T + 1 of an episode of T steps; the oldest are overwritten
     mixing_ratio: float = 0.5  # share of offline transitions in an online batch; below 0 all are sampled alike
     batch_size: int = 256  # transitions in a batch
     gamma: float = 0.99  # discount
@@ -88,7 +88,7 @@ class Args:
     # --- IQL
     expectile: float = 0.7  # the expectile of Q over the data's actions that V learns; 0.5 is their mean
     beta: float = 3.0  # advantages are multiplied by this in the exponent of the policy's weights
-    actor_std: float | None = None  # deviation of the policy; None learns one, a vector that no state changes
+    actor_std: float | None = None  # deviation of the policy; None learns one vector, the same for all states
     actor_dropout: float = 0.0  # share of the actor's hidden units that are dropped in training
     tau: float = 0.005  # rate at which target critics and target encoder follow the learned ones
     actor_lr: float = 3e-4  # learning rate of the actor
@@ -158,14 +158,16 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.layers = linear_layers(obs_dim, *args.actor_layers, action_dim)
-        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(args.actor_std or 1.0)), args.actor_std is None)
+        self.std = args.actor_std
+        self.log_std = nn.Parameter(torch.zeros(action_dim), requires_grad=self.std is None)
 
     def forward(self, observations: torch.Tensor, dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [B, A] and deviation [A] for observations [B, O]; `dropout` is for training alone."""
         x = observations
         for layer in self.layers[:-1]:
             x = F.dropout(F.relu(layer(x)), dropout, training=dropout > 0)
-        return torch.tanh(self.layers[-1](x)), self.log_std.clamp(-5.0, 2.0).exp()
+        log_std = self.log_std if self.std is None else torch.full_like(self.log_std, math.log(self.std))
+        return torch.tanh(self.layers[-1](x)), log_std.clamp(-5.0, 2.0).exp()
 
 
 # --- Encoder ----------------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ class Agent(nn.Module):
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of what this loss depends on: the optimizer leaves alone what has no gradient."""
+    """One step of what this loss depends on: zero_grad drops every gradient, and the optimizer skips what has none."""
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -240,7 +242,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
     """
     actions = batch.actions.unsqueeze(1)
 
-    # Each state is encoded once by an encoder that learns from the critics' loss alone; s for the target critics too.
+    # The critics' loss alone trains the encoder; V and actor get detached features, the target critics its slow copy's.
     frames = random_shift(batch.observations, args.random_shift)
     features = agent.encoder(frames)  # [B, O]
     states = features.detach()
@@ -271,8 +273,8 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
     td_loss = (q_data - target).square().mean(1)  # [N]; there is no 1/2
     descend(optimizer, td_loss.sum())
     with torch.no_grad():
-        for target, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, agent.critic)):
-            for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
+        for follower, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, agent.critic)):
+            for slow, fast in zip(follower.parameters(), learned.parameters(), strict=True):
                 slow.lerp_(fast, args.tau)
     metrics |= {"losses/qf_loss": td_loss.mean(), "calibration/mean_q": q_data.mean()}
     return {name: value.detach() for name, value in metrics.items()}
@@ -280,15 +282,15 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data; a bound rate is for what is calibrated, and its column stays empty (NaN)."""
+    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
     features = agent.encoder(batch.observations)  # of the frames as they are, not shifted
     q_data = agent.critic(features, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}
 
 
 # --- Settings of the tasks --------------------------------------------------------------------------------------------
-# Of the paper: expectile and beta (appendix H.4), steps and updates per step (G.4). Rewards of {-1, 0} are those of its
-# other tasks; gamma is that of a co-author's later code; the learned deviation and the intervals are ours.
+# The paper's: expectile, beta, mixing ratio (table 4), steps, updates per step (G.4). Gamma: a co-author's later code.
+# Ours: rewards of {-1, 0}, as IQL has in AntMaze and Adroit; a learned deviation (no actor_std below); the intervals.
 SETTINGS: dict[str, dict] = {
     "every task": dict(buffer_size=110_000),  # frames: T + 1 of an episode of T steps
     "visual": dict(

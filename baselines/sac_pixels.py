@@ -76,7 +76,7 @@ class Args:
     online_env: str | None = None  # module:function that makes the environment, instead of the one that the data names
     reward_scale: float = 1.0  # rewards are multiplied by this ...
     reward_bias: float = 0.0  # ... and this is added
-    buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
+    buffer_size: int = 1_000_000  # online frames kept, T + 1 of an episode of T steps; the oldest are overwritten
     mixing_ratio: float = 0.5  # share of offline transitions in an online batch; below 0 all are sampled alike
     batch_size: int = 256  # transitions in a batch
     gamma: float = 0.99  # discount
@@ -271,8 +271,8 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
     optimizer.step()  # Adam skips parameters without a gradient
     with torch.no_grad():
-        for target, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
-            for slow, fast in zip(target.parameters(), learned.parameters(), strict=True):
+        for follower, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
+            for slow, fast in zip(follower.parameters(), learned.parameters(), strict=True):
                 slow.lerp_(fast, args.tau)
     return {name: value.detach() for name, value in metrics.items()}
 

@@ -837,8 +837,8 @@ def draw_memory(rows: np.ndarray) -> None:
     labels = "resident memory, MB", "size of a checkpoint, MB", "time to write it, ms"
     for ax, label, values in zip(figure.subplots(1, 3), labels, rows.T[[1, 3, 2]], strict=True):
         values = 1000 * values if label.endswith("ms") else values
-        ax.plot(rows[:, 0], values, linewidth=1)
-        ax.set(xlabel="online steps", title=label, ylim=(0, 1.1 * values.max()))
+        ax.plot(rows[:, 0] / 1000, values, linewidth=1)
+        ax.set(xlabel="thousand online steps", title=label, ylim=(0, 1.1 * values.max()))
     path = ROOT / "docs" / "figures" / "robustness" / "memory.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)

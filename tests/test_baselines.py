@@ -177,7 +177,7 @@ def squared_errors(o: Plain, frames, a, target):
 
 def plain_iql(o: Plain, args, online, with_actor, batch) -> dict:
     frames, a, r, frames2, d, _ = batch
-    losses, log_std = {}, "actor.log_std"
+    losses, fixed = {}, args.actor_std and torch.full((A,), np.log(args.actor_std), dtype=a.dtype)
     s, s2 = o.see("encoder", frames).detach(), o.see("encoder", frames2).detach()
     q = smaller(o.q("target_critic", o.see("target_encoder", frames), a)).detach()
 
@@ -192,13 +192,10 @@ def plain_iql(o: Plain, args, online, with_actor, batch) -> dict:
 
     def actor_loss():
         mean = torch.tanh(o.mlp("actor.layers", s, args.actor_dropout))
-        return -(weight * log_density(a, mean, o.p[log_std])).mean()
+        return -(weight * log_density(a, mean, o.p["actor.log_std"] if fixed is None else fixed)).mean()
 
     if with_actor:
-        fixed = o.p[log_std].clone()
         losses["actor_loss"] = o.step("actor", actor_loss)
-        if args.actor_std is not None:
-            o.p[log_std] = fixed
     target = r + args.gamma * (1 - d) * next_value
     losses["qf_loss"] = o.step("critic", lambda: squared_errors(o, frames, a, target)) / 2
     o.follow("target_critic", "critic", args.tau)
@@ -467,9 +464,20 @@ def check_networks(script, name: str) -> None:
     output = 1.0 if "awac" in name else 2.0
     for gain, expected in [*((g, 2.0) for g in gains + actor[:-1]), (actor[-1], output)]:
         torch.testing.assert_close(gain, expected * torch.eye(len(gain)), atol=1e-4, rtol=0)
+    assert agent.actor.log_std.requires_grad and not agent.actor.log_std.any()
     for log_std, expected in ((-50.0, -10.0 if "awac" in name else -5.0), (50.0, 2.0)):
         agent.actor.log_std.data.fill_(log_std)
         assert agent.actor(torch.zeros(1, S))[1].log().unique().item() == pytest.approx(expected)
+
+
+def test_a_fixed_deviation_is_the_setting_whatever_the_checkpoint_has():
+    """As where --init-from goes on from a run that learned one."""
+    _, learned, batch = small(IQL)
+    learned.actor.log_std.data.fill_(-3.0)
+    _, fixed, _ = small(IQL, actor_std=0.4)
+    fixed.load_state_dict(learned.state_dict())
+    assert fixed.actor(batch.observations)[1].tolist() == pytest.approx([0.4] * A)
+    assert learned.actor(batch.observations)[1].tolist() == pytest.approx([np.exp(-3.0)] * A)
 
 
 def check_probe(script) -> None:
@@ -710,8 +718,9 @@ MUTANTS = {
         ("log_prob(batch.actions).sum(1)", "log_prob(batch.actions).mean(1)"),
         ("agent.actor(states, args.actor_dropout)", "agent.actor(states)"),
         ("F.dropout(F.relu(layer(x)), dropout", "F.dropout(layer(x), dropout"),
-        ("args.actor_std is None)", "True)"),
-        ("math.log(args.actor_std or 1.0)", "(args.actor_std or 0.0)"),
+        ("torch.zeros(action_dim), requires_grad=self.std is None", "torch.ones(action_dim), requires_grad=True"),
+        ("self.log_std if self.std is None else", "self.log_std if True else"),
+        ("math.log(self.std))", "self.std)"),
         ("    if with_actor:", "    if True:"),
         ("* agent.value(batch.next_observations)", "* agent.value(states)"),
         ("with torch.no_grad():\n        target", "if True:\n        target"),

@@ -32,7 +32,7 @@ gym.register("test/Dot-v0", entry_point="dot_env:DotEnv", max_episode_steps=8)
 BOX = gym.spaces.Box(np.float32([-2, -0.5]), np.float32([0.5, 0.25]), dtype=np.float32)
 MODULES = ["cal_ql_continuous", "cql_continuous", "sac_offline_data", "baselines.iql_continuous",
            "baselines.awac_continuous", "baselines.td3_bc_continuous"]  # fmt: skip
-PIXELS = ["cal_ql_pixels", "baselines.cql_pixels"]
+PIXELS = ["cal_ql_pixels", *(f"baselines.{algorithm}_pixels" for algorithm in ("cql", "sac", "iql", "awac"))]
 
 
 def write_dataset(dataset_id: str, env_id: str, box: gym.spaces.Box, **kwargs) -> None:

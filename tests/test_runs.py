@@ -866,6 +866,53 @@ def test_no_environment_of_the_users(name, message, cal_ql, point, runs, capsys)
     assert "environment cannot be made" in line and message in line and not runs.exists()
 
 
+HAND = """
+import gymnasium
+import numpy
+
+
+class Hand(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-9, 9, (39,))
+    action_space = gymnasium.spaces.Box(-1, 1, (28,))
+
+    def __init__(self, tells):
+        self.tells = tells
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return numpy.zeros(39, numpy.float32), {}
+
+    def step(self, action):
+        return numpy.zeros(39, numpy.float32), 7.0, False, False, {"success": True} if self.tells else {}
+
+
+def silent():
+    return Hand(tells=False)
+
+
+def telling():
+    return Hand(tells=True)
+"""
+
+
+def test_an_adroit_environment_of_the_users_must_tell_success(script, runs, tmp_path, monkeypatch, capsys):
+    """The task's reward is its success: without one it would be NaN, and the loss soon too."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hand", raising=False)
+    (tmp_path / "hand.py").write_text(HAND)
+    episode = dict(observations=np.zeros((4, 39)), actions=np.zeros((3, 28), np.float32), rewards=np.zeros(3))
+    episode |= dict(infos={"success": np.array([0, 0, 0, 1], bool)}, terminations=[False] * 3)
+    spaces = dict(action_space=gym.spaces.Box(-1, 1, (28,)), observation_space=gym.spaces.Box(-9, 9, (39,)))
+    for which in ("human", "cloned"):
+        buffers = [EpisodeBuffer(id=0, truncations=[False, False, True], **episode)]
+        minari.create_dataset_from_buffers(f"D4RL/door/{which}-v2", buffers, **spaces)
+    flags = [*TINY, "--env-id", "door-binary", "--offline-steps", "2", "--online-steps", "5", "--online-env"]
+    assert start(script, *flags, "hand:silent") == 2
+    assert "--online-env" in (line := error_line(capsys)) and "`success`" in line
+    assert start(script, *flags, "hand:telling") == 0
+
+
 def test_the_robot_of_the_documentation(cal_ql, runs, tmp_path, monkeypatch):
     """The page's code and its two commands, with fewer steps."""
     page = (Path(cal_ql.__file__).parent / "docs/no_environment.md").read_text()

@@ -723,7 +723,7 @@ def train(args: Args) -> None:
     run = Path(args.resume or f"runs/{name}")
     writer = open_logs(run, args, progress.offline_updates + progress.env_steps)
     print(f"run: {run} on {device}\nsettings:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
-    began, saved = time.time() - progress.wall_time, time.time()
+    began = time.time() - progress.wall_time
     bar = tqdm(total=args.offline_steps + args.online_steps, initial=progress.offline_updates + progress.env_steps)
 
     def log(scalars: dict, behind: int = 0) -> None:
@@ -743,8 +743,7 @@ def train(args: Args) -> None:
 
     def pause(evaluation_due: bool) -> None:
         """Evaluates if due; saves after that, every ten minutes and at a signal. The run's state is whole here."""
-        nonlocal saved
-        if not (evaluation_due or SIGNALS or time.time() - saved > 600):
+        if not (evaluation_due or SIGNALS or time.time() - began > progress.wall_time + 600):  # the last save's
             return
         check_finite(dict(agent.named_parameters()), progress, run)
         if evaluation_due:
@@ -757,7 +756,6 @@ def train(args: Args) -> None:
         progress.wall_time = time.time() - began
         save(run, args, progress, **parts)
         writer.flush()
-        saved = time.time()
         if SIGNALS:
             print(f"stopped by a signal; --resume {run} continues", file=sys.stderr)
             sys.exit(128 + SIGNALS[0])

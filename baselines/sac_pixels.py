@@ -315,8 +315,8 @@ def find_task(env_id: str) -> Task:
 
 def task_defaults(env_id: str) -> Args:
     """The settings of a task: those of every task, then its domain's, then its own."""
-    names = ("every task", find_task(env_id).domain, env_id)
-    return Args(**functools.reduce(dict.__or__, (SETTINGS.get(name, {}) for name in names), {"env_id": env_id}))
+    of_all, of_domain, own = (SETTINGS.get(name, {}) for name in ("every task", find_task(env_id).domain, env_id))
+    return Args(env_id=env_id, **of_all | of_domain | own)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------

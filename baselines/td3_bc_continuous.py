@@ -284,8 +284,8 @@ def find_task(env_id: str) -> Task:
 
 def task_defaults(env_id: str) -> Args:
     """The settings of a task: those of every task, then its domain's, then its own."""
-    names = ("every task", find_task(env_id).domain, env_id)
-    return Args(**functools.reduce(dict.__or__, (SETTINGS.get(name, {}) for name in names), {"env_id": env_id}))
+    of_all, of_domain, own = (SETTINGS.get(name, {}) for name in ("every task", find_task(env_id).domain, env_id))
+    return Args(env_id=env_id, **of_all | of_domain | own)
 
 
 # --- Data (common) ----------------------------------------------------------------------------------------------------
@@ -350,9 +350,8 @@ def load_episodes(datasets: list[minari.MinariDataset], task: Task, env: gym.Env
             terminations = np.linalg.norm(states[1:, :2] - goal, axis=1) <= 0.45  # the environment's own threshold
             rewards = terminations.astype(np.float32)
         elif task.domain == "adroit":  # failures are dropped, the rest is cut after the last success (appendix G.3)
-            terminations = success[1:]  # entry 0 is the reset's
-            end = int(np.flatnonzero(terminations)[-1]) + 1 if terminations.any() else 0
-            states, actions, terminations = states[: end + 1], actions[:end], terminations[:end]
+            end = np.flatnonzero(success).max(initial=0)  # step t's success is entry t + 1: entry 0 is the reset's
+            states, actions, terminations = states[: end + 1], actions[:end], success[1 : end + 1]
             rewards = terminations.astype(np.float32)
         if len(rewards):
             episodes.append(Episode(states, actions.clip(-0.99999, 0.99999), rewards, terminations))

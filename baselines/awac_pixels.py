@@ -522,6 +522,8 @@ def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuff
         while live.any():
             actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
             states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+            if np.isnan(rewards).any():  # not in TaskEnv: no InputError gets out of a process of --eval-async
+                raise InputError("--online-env: a reward is NaN; an Adroit task's is `success` in each step's info.")
             scores[live] = np.maximum(scores, infos["score"])[live]
             returns[live] += rewards[live]
             live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts

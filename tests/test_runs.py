@@ -908,8 +908,9 @@ def test_an_adroit_environment_of_the_users_must_tell_success(script, runs, tmp_
         buffers = [EpisodeBuffer(id=0, truncations=[False, False, True], **episode)]
         minari.create_dataset_from_buffers(f"D4RL/door/{which}-v2", buffers, **spaces)
     flags = [*TINY, "--env-id", "door-binary", "--offline-steps", "2", "--online-steps", "5", "--online-env"]
-    assert start(script, *flags, "hand:silent") == 2
-    assert "--online-env" in (line := error_line(capsys)) and "`success`" in line
+    for processes in [[], ["--eval-async"]] if script.__name__ == NAMES[0] else [[]]:
+        assert start(script, *flags, "hand:silent", *processes) == 2
+        assert "--online-env" in (line := error_line(capsys)) and "`success`" in line
     assert start(script, *flags, "hand:telling") == 0
 
 

@@ -572,7 +572,7 @@ def evaluate(envs: gym.vector.VectorEnv | None, agent: Agent, buffer: ReplayBuff
             actions = agent.act(torch.from_numpy(states).to(buffer.device), explore=False)
             states, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
             if np.isnan(rewards).any():  # not in TaskEnv: no InputError gets out of a process of --eval-async
-                raise InputError("--online-env: a reward is NaN; an Adroit task's is `success` in each step's info.")
+                raise InputError("the environment gives a NaN reward; an Adroit task's is its info['success'].")
             scores[live] = np.maximum(scores, infos["score"])[live]
             returns[live] += rewards[live]
             live &= ~(terminations | truncations)  # a finished environment starts again, of which nothing counts

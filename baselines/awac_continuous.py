@@ -211,7 +211,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
+    """Mean Q and mean return of the data; the bound rate is not measured here, and is NaN."""
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}
 

@@ -242,7 +242,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
     """
     actions = batch.actions.unsqueeze(1)
 
-    # The critics' loss alone trains the encoder; V and actor get detached features, the target critics its slow copy's.
+    # The critics' loss alone trains the encoder: V and actor get its features detached, target critics its slow copy's.
     frames = random_shift(batch.observations, args.random_shift)
     features = agent.encoder(frames)  # [B, O]
     states = features.detach()
@@ -282,7 +282,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data. The bound rate is a number for CQL and Cal-QL alone; here it is NaN."""
+    """Mean Q and mean return of the data; the bound rate is not measured here, and is NaN."""
     features = agent.encoder(batch.observations)  # of the frames as they are, not shifted
     q_data = agent.critic(features, batch.actions.unsqueeze(1))
     return {"mean_q": q_data.mean().item(), "mean_mc_return": batch.mc_returns.mean().item(), "bound_rate": math.nan}

@@ -351,3 +351,8 @@ def test_report_publishes_a_run(tmp_path, page, capsys):
     page.write_text("<!-- table pie -->\n<!-- end -->\n")
     assert report.main([*root, "--check"]) == 2
     assert all(line.startswith(("error: ", "note: ")) for line in capsys.readouterr().err.splitlines())
+
+
+@pytest.mark.parametrize("name, line", [("Cal-QL", "-"), ("Cal-QL (small)", "-."), ("Cal-QL (small.hosted)", ":")])
+def test_variants_have_lines_of_their_own(name, line):
+    assert plot.line_of(name) == line

@@ -260,7 +260,9 @@ def choose_colours(groups: Groups) -> dict[str, str]:
 
 
 def line_of(algorithm: str) -> str:
-    return "-" if base_of(algorithm) == algorithm else "-."
+    """Dash-dotted for a variant, as "(small)", and dotted for a variant of one, as "(small.hosted)"."""
+    variant = algorithm.removeprefix(base_of(algorithm))
+    return ":" if "." in variant else "-." if variant else "-"
 
 
 @dataclass

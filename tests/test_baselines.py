@@ -480,12 +480,13 @@ def test_a_fixed_deviation_is_the_setting_whatever_the_checkpoint_has():
     assert learned.actor(batch.observations)[1].tolist() == pytest.approx([np.exp(-3.0)] * A)
 
 
+@torch.no_grad()
 def check_probe(script) -> None:
     args, agent, batch = small(script)
     states = seen_by(agent, batch.observations)  # frames as they are, not shifted
     row = script.probe(agent, batch, args)
     assert list(row) == ["mean_q", "mean_mc_return", "bound_rate"] and np.isnan(row["bound_rate"])
-    assert row["mean_q"] == pytest.approx(agent.critic(states, batch.actions.unsqueeze(1)).mean().item(), rel=1e-9)
+    assert row["mean_q"] == agent.critic(states, batch.actions.unsqueeze(1)).mean().item()
     assert row["mean_mc_return"] == batch.mc_returns.mean().item()
 
 
@@ -893,6 +894,9 @@ def test_every_mutant_is_caught(name, tmp_path):
         mutant = load_mutant(name, old, new, tmp_path / str(number))
         try:
             check_all(mutant, name)
-        except (AssertionError, RuntimeError):  # torch refuses some gradients
+        except AssertionError:
+            continue
+        except RuntimeError as error:  # of an update that keeps gradients where it must not
+            assert "backward through the graph a second time" in str(error), (old, new)
             continue
         pytest.fail(f"{name} passes with {new!r} in place of {old!r}")

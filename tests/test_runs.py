@@ -275,6 +275,30 @@ def test_stopped_run_resumes(number, call, saved, whole, runs, monkeypatch, caps
     check_equal(run, uninterrupted)
 
 
+def test_a_run_saves_every_ten_minutes_also_after_it_was_resumed(cal_ql, runs, monkeypatch):
+    """Each update takes a minute; evaluations, which save too, come at the start and at the end."""
+    now, saves, update, save = [1e6], [], cal_ql.update, cal_ql.save
+
+    def slow_update(*arguments):
+        now[0] += 60
+        return update(*arguments)
+
+    def counted_save(run, args, progress, **parts):
+        saves.append(progress.updates)
+        save(run, args, progress, **parts)
+
+    clock = types.SimpleNamespace(time=lambda: now[0], time_ns=cal_ql.time.time_ns)
+    for name, value in (("time", clock), ("update", slow_update), ("save", counted_save)):
+        monkeypatch.setattr(cal_ql, name, value)
+    flags = ["--offline-steps", "35", "--offline-eval-interval", "100", "--online-steps", "0"]
+    assert start(cal_ql, *TINY, *flags) == 0
+    assert saves == [0, 11, 22, 33, 35]
+    saves.clear()
+    now[0] += 1e5  # the time between two processes is not the run's
+    assert start(cal_ql, "--resume", str(only(runs)), "--offline-steps", "60") == 0
+    assert saves == [46, 57, 60]
+
+
 def test_a_second_signal_stops_at_once(cal_ql, runs, monkeypatch):
     def stop():
         signal.raise_signal(signal.SIGTERM)

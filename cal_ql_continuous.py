@@ -347,8 +347,7 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
     for dataset_id in args.datasets or task.datasets:
         path, hint = minari.storage.get_dataset_path(dataset_id), "is it whole, and of this task?"
         if not path.exists():
-            hint = (f"not found at {path}: `collect` makes cal-ql/..., a network downloads others, MINARI_DATASETS_PATH"
-                    f" names another folder; tasks are {', '.join(TASKS)}")  # fmt: skip
+            hint = f"cal-ql/... needs `collect`, others a network or MINARI_DATASETS_PATH; tasks: {', '.join(TASKS)}"
             print(f"{dataset_id} is not at {path}", flush=True)
         try:
             datasets.append(minari.load_dataset(dataset_id, download=not dataset_id.startswith("cal-ql/")))
@@ -516,6 +515,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(offline, args)
     torch.manual_seed(args.seed)
     agent, optimizer = make_agent(offline, args)
+    del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
     update_fns = {mode: partial(update, agent, optimizer, args, mode[0] == "online", mode[1]) for mode in modes}
     if args.device == "cuda" and args.cuda_graphs:

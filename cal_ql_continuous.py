@@ -7,8 +7,8 @@ by the Monte-Carlo return of the transition (equations 5.1, D.1):
 
     min_Q  w * ( E_{s~D, a~pi}[ max(Q(s,a), V^mu(s)) ] - E_{s,a~D}[ Q(s,a) ] )  +  E_D[ (Q(s,a) - target)^2 ]
 
-The maximum is one statement of `update`, marked "Cal-QL"; all else is CQL. `train`, near the end, has the two phases.
-Sections marked (common) are the same in every script of this family, each of which is complete in itself.
+The maximum is one statement of `update`, marked "Cal-QL"; all else is CQL, whose log-sum-exp over sampled actions
+stands for the first expectation. Sections marked (common) are the same in all scripts, each complete in itself.
 
     python cal_ql_continuous.py --env-id antmaze-large-diverse    # the paper's experiment; --resume runs/<run> goes on
 """
@@ -60,7 +60,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy; 0 plays none
     episode_length: int = 0  # time limit of an episode in steps; 0 keeps the environment's own
     reward_scale: float = 1.0  # rewards become reward_scale * r + reward_bias
-    reward_bias: float = 0.0  # rewards become reward_scale * r + reward_bias
+    reward_bias: float = 0.0  # see reward_scale
     buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
     mixing_ratio: float = 0.5  # share of offline transitions in an online batch; -1 samples all transitions alike
     batch_size: int = 256  # transitions in a batch
@@ -132,7 +132,7 @@ class Actor(nn.Module):
 
     def sample(self, observations: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k actions for each state [B, k, A] and their log-densities [B, k], for observations [B, O]."""
-        mean, log_std = (parameter.unsqueeze(1) for parameter in self(observations))  # [B, 1, A]
+        mean, log_std = (output.unsqueeze(1) for output in self(observations))  # [B, 1, A] each
         noise = torch.randn(len(mean), k, mean.shape[2], device=mean.device, dtype=mean.dtype)
         pre_tanh = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
@@ -152,7 +152,7 @@ def to_transitions(episode: Episode, args: Args) -> Batch:
     states, actions, rewards, terminations = episode
     rewards = rewards * args.reward_scale + args.reward_bias
     # A time limit is no end: the last reward is taken to repeat for ever, as the authors do for failures. Outside the
-    # paper's tasks only a cost repeats: a gain might not, and the floor must not lie above what failing is worth.
+    # paper's tasks only a cost repeats: with a gain that may not come, V^mu(s) would be too high a floor for Q.
     mc_return = float(rewards[-1] if args.env_id in TASKS else min(rewards[-1], 0.0)) / (1 - args.gamma)
     mc_returns = np.zeros(len(rewards), np.float32)
     for t in reversed(range(len(rewards))):
@@ -205,17 +205,17 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
         pi_next_actions, pi_next_log_prob = actor.sample(batch.next_observations, n)
         pi_actions, pi_log_prob = actor.sample(batch.observations, n)
     actions = torch.cat([batch.actions.unsqueeze(1), uniform_actions, pi_next_actions, pi_actions], dim=1)
-    q_data, q_uniform, q_pi = critic(batch.observations, actions).split([1, n, 2 * n], dim=2)  # [N, B, .]
+    q_data, q_uniform, q_pi = critic(batch.observations, actions).split([1, n, 2 * n], dim=2)  # [N, B, 1|n|2n]
     td_loss = (q_data.squeeze(2) - target).square().mean(1)  # [N]; equation 3.1 has 1/2 here, the authors' code has not
     critic_loss = td_loss.sum()
     metrics = {"losses/qf_loss": td_loss.mean(), "losses/alpha": alpha, "calibration/mean_q": q_data.mean()}
 
-    # Conservative regulariser, with the floor V^mu(s) under the policy's actions but not under the uniform ones.
+    # Conservative regulariser. V^mu(s) is a floor for Q of the policy's actions; uniform ones may be pushed below it.
     if cql_weight:
         v_mu = batch.mc_returns.unsqueeze(1)  # [B, 1]
-        metrics["calibration/bound_rate"] = (q_pi < v_mu).float().mean()  # where the floor holds, or would in CQL
+        metrics["calibration/bound_rate"] = (q_pi < v_mu).float().mean()  # share of Q below the floor
         q_pi = torch.maximum(q_pi, v_mu)  # Cal-QL: equation 5.1
-        if args.importance_sampling:  # each sampled action is weighted by one over its density
+        if args.importance_sampling:  # the sum of exp(Q) / density, where 0.5^A is the uniform one's
             log_prob = torch.cat([pi_next_log_prob, pi_log_prob], dim=1)  # [B, 2n]
             z = [q_uniform - action_dim * math.log(0.5), q_pi - log_prob]
         else:
@@ -225,7 +225,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
             cql_alpha = agent.log_cql_alpha.exp().clamp(max=1e6)
             excess = cql_gap - args.target_action_gap
             cql_loss = cql_weight * (cql_alpha.detach() * excess).sum()
-            critic_loss = critic_loss - cql_weight * cql_alpha * excess.detach().mean()  # the multiplier's own loss
+            critic_loss = critic_loss - cql_weight * cql_alpha * excess.detach().mean()  # grows while excess > 0
             metrics["losses/cql_alpha"] = cql_alpha
         else:
             cql_loss = cql_weight * cql_gap.sum()
@@ -253,7 +253,7 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
 @torch.no_grad()
 def probe(agent: Agent, batch: Batch, args: Args) -> dict[str, float]:
-    """Mean Q and mean return of the data, and the share of policy actions with Q below V^mu(s) (figures 3, 8)."""
+    """Mean Q and Monte-Carlo return of a batch, the share of pi(s)'s actions with Q below V^mu(s) (figures 3, 8)."""
     q_data = agent.critic(batch.observations, batch.actions.unsqueeze(1))
     q_pi = agent.critic(batch.observations, agent.actor.sample(batch.observations, args.num_actions)[0])  # [N, B, n]
     bound_rate = (q_pi < batch.mc_returns.unsqueeze(1)).float().mean().item()
@@ -285,7 +285,7 @@ STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observat
 
 
 # --- Settings of the tasks --------------------------------------------------------------------------------------------
-# Of domains and tasks, from the paper's appendices G and H and the authors' code; pick-place, intervals online: ours.
+# From the paper's appendices G, H and the authors' code; ours: pick-place, intervals online, Kitchen's episode_length.
 SETTINGS: dict[str, dict] = {
     "antmaze": dict(critic_layers=(256, 256, 256, 256), cql_lagrange=True, reward_scale=10.0, reward_bias=-5.0,
         offline_steps=1_000_000, online_steps=1_000_000, online_eval_interval=20_000),
@@ -328,7 +328,7 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
     success = data.infos["success"] if task.domain == "adroit" else np.zeros(steps + 1)
     lengths = [len(data.actions), len(terminations), len(success) - 1]
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations, success))
-    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1).mean() > 0.2:  # human demonstrations leave the box
+    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:  # human hands leave the box
         raise InputError(f"{source}: columns of other lengths, values not finite, or actions out of their box")
     if task.domain == "antmaze":  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
         maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[1]
@@ -342,7 +342,7 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
 
 
 def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
-    """The task, its (last) dataset, downloaded where it is missing, and all episodes of use. Raises InputError."""
+    """The task, its first dataset, whose spaces bind all, and the episodes of use of all. Raises InputError."""
     task, datasets, episodes = TASKS.get(args.env_id, Task("any other", (args.env_id,))), [], []
     for dataset_id in args.datasets or task.datasets:
         path, hint = minari.storage.get_dataset_path(dataset_id), "is it whole, and of this task?"
@@ -351,7 +351,7 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
             print(f"{dataset_id} is not at {path}", flush=True)
         try:
             datasets.append(minari.load_dataset(dataset_id, download=not dataset_id.startswith("cal-ql/")))
-            episodes += [to_episode(data, datasets[-1], task) for data in datasets[-1]]
+            episodes += [to_episode(data, datasets[0], task) for data in datasets[-1]]
         except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
             raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300} ({hint}).") from error
     if not any(episode.rewards.any() for episode in episodes):
@@ -359,7 +359,7 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
     clipped = np.mean(np.abs(np.concatenate([episode.actions for episode in episodes])) > 1)
     offline = [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
     print(f"data: {len(offline)} of {len(episodes)} episodes, {clipped:.2%} of their actions' entries clipped")
-    return task, datasets[-1], offline
+    return task, datasets[0], offline
 
 
 # --- Replay (common) --------------------------------------------------------------------------------------------------
@@ -437,14 +437,13 @@ class TaskEnv(gym.Wrapper):
 
 def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
     """The environment of --online-env or the one that the data name, set to the task. Raises InputError."""
-    spec, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
+    own, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
     try:
         if env_id is None:  # a stranger's data give a registered id and plain arguments, never code
-            if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
-                raise ValueError("the data name none that is registered and has no wrappers: use --online-env")
-            env_id = gym.registry[spec.id]
-            limit = args.episode_length or spec.max_episode_steps
-            kwargs = spec.kwargs | {"max_episode_steps": limit, "render_mode": None}
+            if own is None or own.id not in gym.registry or own.additional_wrappers:
+                raise ValueError("the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0")
+            env_id = gym.registry[own.id]
+            kwargs = dict(own.kwargs, render_mode=None, max_episode_steps=args.episode_length or own.max_episode_steps)
             if task.domain == "antmaze":
                 # The data's own maze (Minari's evaluation maps are mirrored for umaze), with one start and goal.
                 maze = [[int(cell == 1) for cell in row] for row in kwargs["maze_map"]]
@@ -482,7 +481,7 @@ def play_episode(env: gym.Env, agent: Agent, seed: int, explore: bool, device: s
 
 
 def evaluate(env: gym.Env | None, agent: Agent, buffer: ReplayBuffer, progress: SimpleNamespace, args: Args) -> dict:
-    """A row of eval.csv: episodes of the deterministic policy (without any, NaN), and what four batches tell."""
+    """A row of eval.csv: episodes of the deterministic policy (NaN if there are none), and `probe` of four batches."""
     scores, returns = np.full((2, max(args.eval_episodes, 1)), np.nan)
     seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(args.eval_episodes)
     for k, seed in enumerate(seeds.tolist()):
@@ -517,7 +516,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     agent, optimizer = make_agent(offline, args)
     del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
-    update_fns = {mode: partial(update, agent, optimizer, args, mode[0] == "online", mode[1]) for mode in modes}
+    update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:
         from tensordict.nn import CudaGraphModule
 
@@ -547,7 +546,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     writer.add_text("settings", str(vars(args)))
     (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run: {run}", *(f"  {k} {v}" for k, v in vars(args).items() if v != getattr(Args, k)), sep="\n")
-    began = time.time() - progress.wall_time
+    began = time.time() - progress.wall_time  # as if the run had never paused
 
     def evaluate_and_save(evaluation_due: bool) -> None:
         """Evaluates if that is due, and saves then and every ten minutes. The run's state is whole here."""
@@ -560,7 +559,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             progress.rows.append(row)
             log(writer, {f"eval/{k}": v for k, v in row.items() if isinstance(v, float)}, progress.step)
             tqdm.write(f"{row['phase']:8}{row['env_steps'] or row['updates']:9,}  score {row['score']:.3f}  "
-                       f"Q {row['mean_q']:.1f}  return of the data {row['mean_mc_return']:.1f}")  # fmt: skip
+                       f"Q {row['mean_q']:.1f}  Monte-Carlo return {row['mean_mc_return']:.1f}")  # fmt: skip
             lines = [row.keys(), *(row.values() for row in progress.rows)]
             (run / "eval.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
         progress.wall_time = time.time() - began
@@ -614,7 +613,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             env_id = checkpoint["args"]["env_id"]
         except Exception as error:  # whatever another program has put there
             raise InputError(f"cannot go on from {path}: {error!r:.300}.") from error
-    domain = TASKS[env_id].domain if env_id in TASKS else "any other"
+    domain = getattr(TASKS.get(env_id), "domain", "any other")
     settings = {"env_id": env_id, **SETTINGS.get(domain, {}), **SETTINGS.get(env_id, {})}
     defaults = Args(**(settings if checkpoint is None else checkpoint["args"]))
     summary = f"{__doc__.splitlines()[0]} Tasks: {', '.join(TASKS)}. `--env-id TASK --help` shows that task's settings."
@@ -626,9 +625,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             raise InputError(f"{args.resume} cannot go on with another {' or '.join(changed)}: start a new run.")
         if args.online_env not in (None, first.online_env, settings.get("online_env")):  # it names code
             raise InputError(f"{args.resume} was made with --online-env {args.online_env}: repeat that to go on.")
-    needs_cuda = args.device == "cuda" and not torch.cuda.is_available()
-    if args.seed < 0 or min(args.offline_eval_interval, args.online_eval_interval) < 1 or args.gamma >= 1 or needs_cuda:
-        raise InputError("--seed must be at least 0, intervals 1, --gamma below 1, and a CUDA device there for cuda.")
+    may_be_0 = ("seed", "eval_episodes", "episode_length", "utd_ratio", "random_shift")
+    small = [k for k, v in vars(args).items() if type(v) is int and v < (k not in may_be_0 and not k.endswith("steps"))]
+    if small or args.gamma >= 1 or args.mixing_ratio > 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--gamma must be below 1, --mixing-ratio at most 1, CUDA there for cuda; too small: {small}.")
     return args, checkpoint
 
 

@@ -60,7 +60,7 @@ class Args:
     eval_episodes: int = 20  # episodes of an evaluation, with the deterministic policy; 0 plays none
     episode_length: int = 0  # time limit of an episode in steps; 0 keeps the environment's own
     reward_scale: float = 1.0  # rewards become reward_scale * r + reward_bias
-    reward_bias: float = 0.0  # rewards become reward_scale * r + reward_bias
+    reward_bias: float = 0.0  # see reward_scale
     buffer_size: int = 1_000_000  # online transitions kept; the oldest are overwritten
     mixing_ratio: float = 0.5  # share of offline transitions in an online batch; -1 samples all transitions alike
     batch_size: int = 256  # transitions in a batch
@@ -290,7 +290,7 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
     success = data.infos["success"] if task.domain == "adroit" else np.zeros(steps + 1)
     lengths = [len(data.actions), len(terminations), len(success) - 1]
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations, success))
-    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1).mean() > 0.2:  # human demonstrations leave the box
+    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:  # human hands leave the box
         raise InputError(f"{source}: columns of other lengths, values not finite, or actions out of their box")
     if task.domain == "antmaze":  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
         maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[1]
@@ -304,7 +304,7 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
 
 
 def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
-    """The task, its (last) dataset, downloaded where it is missing, and all episodes of use. Raises InputError."""
+    """The task, its first dataset, whose spaces bind all, and the episodes of use of all. Raises InputError."""
     task, datasets, episodes = TASKS.get(args.env_id, Task("any other", (args.env_id,))), [], []
     for dataset_id in args.datasets or task.datasets:
         path, hint = minari.storage.get_dataset_path(dataset_id), "is it whole, and of this task?"
@@ -313,7 +313,7 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
             print(f"{dataset_id} is not at {path}", flush=True)
         try:
             datasets.append(minari.load_dataset(dataset_id, download=not dataset_id.startswith("cal-ql/")))
-            episodes += [to_episode(data, datasets[-1], task) for data in datasets[-1]]
+            episodes += [to_episode(data, datasets[0], task) for data in datasets[-1]]
         except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
             raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300} ({hint}).") from error
     if not any(episode.rewards.any() for episode in episodes):
@@ -321,7 +321,7 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
     clipped = np.mean(np.abs(np.concatenate([episode.actions for episode in episodes])) > 1)
     offline = [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
     print(f"data: {len(offline)} of {len(episodes)} episodes, {clipped:.2%} of their actions' entries clipped")
-    return task, datasets[-1], offline
+    return task, datasets[0], offline
 
 
 # --- Replay (common) --------------------------------------------------------------------------------------------------
@@ -399,14 +399,13 @@ class TaskEnv(gym.Wrapper):
 
 def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
     """The environment of --online-env or the one that the data name, set to the task. Raises InputError."""
-    spec, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
+    own, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
     try:
         if env_id is None:  # a stranger's data give a registered id and plain arguments, never code
-            if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
-                raise ValueError("the data name none that is registered and has no wrappers: use --online-env")
-            env_id = gym.registry[spec.id]
-            limit = args.episode_length or spec.max_episode_steps
-            kwargs = spec.kwargs | {"max_episode_steps": limit, "render_mode": None}
+            if own is None or own.id not in gym.registry or own.additional_wrappers:
+                raise ValueError("the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0")
+            env_id = gym.registry[own.id]
+            kwargs = dict(own.kwargs, render_mode=None, max_episode_steps=args.episode_length or own.max_episode_steps)
             if task.domain == "antmaze":
                 # The data's own maze (Minari's evaluation maps are mirrored for umaze), with one start and goal.
                 maze = [[int(cell == 1) for cell in row] for row in kwargs["maze_map"]]
@@ -444,7 +443,7 @@ def play_episode(env: gym.Env, agent: Agent, seed: int, explore: bool, device: s
 
 
 def evaluate(env: gym.Env | None, agent: Agent, buffer: ReplayBuffer, progress: SimpleNamespace, args: Args) -> dict:
-    """A row of eval.csv: episodes of the deterministic policy (without any, NaN), and what four batches tell."""
+    """A row of eval.csv: episodes of the deterministic policy (NaN if there are none), and `probe` of four batches."""
     scores, returns = np.full((2, max(args.eval_episodes, 1)), np.nan)
     seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(args.eval_episodes)
     for k, seed in enumerate(seeds.tolist()):
@@ -479,7 +478,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     agent, optimizer = make_agent(offline, args)
     del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
-    update_fns = {mode: partial(update, agent, optimizer, args, mode[0] == "online", mode[1]) for mode in modes}
+    update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:
         from tensordict.nn import CudaGraphModule
 
@@ -509,7 +508,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     writer.add_text("settings", str(vars(args)))
     (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run: {run}", *(f"  {k} {v}" for k, v in vars(args).items() if v != getattr(Args, k)), sep="\n")
-    began = time.time() - progress.wall_time
+    began = time.time() - progress.wall_time  # as if the run had never paused
 
     def evaluate_and_save(evaluation_due: bool) -> None:
         """Evaluates if that is due, and saves then and every ten minutes. The run's state is whole here."""
@@ -522,7 +521,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             progress.rows.append(row)
             log(writer, {f"eval/{k}": v for k, v in row.items() if isinstance(v, float)}, progress.step)
             tqdm.write(f"{row['phase']:8}{row['env_steps'] or row['updates']:9,}  score {row['score']:.3f}  "
-                       f"Q {row['mean_q']:.1f}  return of the data {row['mean_mc_return']:.1f}")  # fmt: skip
+                       f"Q {row['mean_q']:.1f}  Monte-Carlo return {row['mean_mc_return']:.1f}")  # fmt: skip
             lines = [row.keys(), *(row.values() for row in progress.rows)]
             (run / "eval.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
         progress.wall_time = time.time() - began
@@ -576,7 +575,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             env_id = checkpoint["args"]["env_id"]
         except Exception as error:  # whatever another program has put there
             raise InputError(f"cannot go on from {path}: {error!r:.300}.") from error
-    domain = TASKS[env_id].domain if env_id in TASKS else "any other"
+    domain = getattr(TASKS.get(env_id), "domain", "any other")
     settings = {"env_id": env_id, **SETTINGS.get(domain, {}), **SETTINGS.get(env_id, {})}
     defaults = Args(**(settings if checkpoint is None else checkpoint["args"]))
     summary = f"{__doc__.splitlines()[0]} Tasks: {', '.join(TASKS)}. `--env-id TASK --help` shows that task's settings."
@@ -588,9 +587,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             raise InputError(f"{args.resume} cannot go on with another {' or '.join(changed)}: start a new run.")
         if args.online_env not in (None, first.online_env, settings.get("online_env")):  # it names code
             raise InputError(f"{args.resume} was made with --online-env {args.online_env}: repeat that to go on.")
-    needs_cuda = args.device == "cuda" and not torch.cuda.is_available()
-    if args.seed < 0 or min(args.offline_eval_interval, args.online_eval_interval) < 1 or args.gamma >= 1 or needs_cuda:
-        raise InputError("--seed must be at least 0, intervals 1, --gamma below 1, and a CUDA device there for cuda.")
+    may_be_0 = ("seed", "eval_episodes", "episode_length", "utd_ratio", "random_shift")
+    small = [k for k, v in vars(args).items() if type(v) is int and v < (k not in may_be_0 and not k.endswith("steps"))]
+    if small or args.gamma >= 1 or args.mixing_ratio > 1 or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--gamma must be below 1, --mixing-ratio at most 1, CUDA there for cuda; too small: {small}.")
     return args, checkpoint
 
 

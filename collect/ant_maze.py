@@ -1,11 +1,12 @@
-"""AntMaze data for `antmaze-umaze`, `-medium-play`, `-medium-diverse`, `-large-play` and `-large-diverse`.
+"""AntMaze data of your own: `cal-ql/antmaze/umaze-v0`, `medium-play`, `medium-diverse`, `large-play`, `large-diverse`.
 
     python -m collect.ant_maze umaze                  # 1,430 episodes of 700 steps, as the hosted dataset has
     python -m collect.ant_maze medium-play --episodes 300 --workers 4
     python -m collect.ant_maze umaze --frame-skip 10  # the ant acts every 0.1 s, as in D4RL, instead of every 0.05 s
+    python cal_ql_continuous.py --env-id antmaze-umaze --datasets cal-ql/antmaze/umaze-v0
 
-A stand-in for Minari's hosted datasets of the same ids, for machines without a network and for quick starts: same
-environments, observations and rewards, another walker. An ant policy (`ant_policy.npz`: D4RL's, Apache-2.0) walks on
+In place of Minari's hosted datasets, D4RL/antmaze/..., where there is no network: the same environments, observations
+and rewards, another walker. An ant policy (`ant_policy.npz`: D4RL's, Apache-2.0) walks on
 breadth-first waypoints to the episode's goal and stays there. It was trained on an ant with a fifth of gymnasium's
 torque, so its actions are scaled by 0.2, and the dataset declares that box: +-0.2 is what the policy's -1 and 1 mean.
 As in D4RL, every action gets Gaussian noise of deviation 0.2 (in units of the box) and is clipped to the box.
@@ -63,6 +64,10 @@ class Args:
     """seed of starts, goals and noise"""
     overwrite: bool = False
     """collect anew and replace the dataset where one of that id exists"""
+
+    @property
+    def dataset_id(self) -> str:
+        return f"cal-ql/antmaze/{self.task}-v0"
 
 
 def make_spec(task: str, frame_skip: int = 5) -> EnvSpec:
@@ -133,7 +138,6 @@ def collect_episode(job: tuple[EnvSpec, float, int, int]) -> EpisodeBuffer:
     spec, noise, number, seed = job
     seed = 100_000 * seed + number
     if not hasattr(collect_episode, "env"):  # one environment for each process
-        warnings.simplefilter("ignore")  # gymnasium advises newer versions
         collect_episode.env = gym.make(spec)
     env = collect_episode.env
     walker = Walker(env.unwrapped.maze, noise, np.random.default_rng(seed))
@@ -166,20 +170,19 @@ def collect(args: Args) -> minari.MinariDataset:
     jobs = [(spec, args.noise, k, args.seed) for k in range(episodes)]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         made = pool.imap(collect_episode, jobs, chunksize=4)
-        buffers = list(tqdm(made, f"collect {args.task}", episodes, unit="episode", mininterval=1))
+        buffers = list(tqdm(made, f"collect {args.task}", episodes, unit="episode", mininterval=1, disable=None))
     reached = sum(bool(buffer.infos["success"].any()) for buffer in buffers)
-    dataset_id = f"D4RL/antmaze/{args.task}-v1"
-    shutil.rmtree(minari.storage.get_dataset_path(dataset_id), ignore_errors=True)
+    shutil.rmtree(minari.storage.get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an e-mail address
+        warnings.filterwarnings("ignore", r"`\w+` is set to None")  # Minari asks for more than there is
         dataset = minari.create_dataset_from_buffers(
-            dataset_id,
+            args.dataset_id,
             (buffer for buffer in buffers),
             env=spec,
             action_space=gym.spaces.Box(-TORQUE, TORQUE, (8,), np.float32),
             algorithm_name=f"D4RL's ant policy on waypoints, action noise {args.noise}",
             author="Cal-QL",
-            description="Collected anew in the schema of the hosted dataset of this id; not the hosted data.",
+            description=f"Collected in the schema of the hosted D4RL/antmaze/{args.task}-v1; not the hosted data.",
         )
     print(f"{dataset.id}: {len(buffers)} episodes, {dataset.total_steps} steps, {reached} reach their own goal")
     return dataset
@@ -190,9 +193,8 @@ def main() -> int:
     if args.episodes < 0 or args.workers < 1 or args.frame_skip < 1 or args.seed < 0 or not 0 <= args.noise < np.inf:
         print("error: --episodes, --seed, --noise must be at least 0, --workers, --frame-skip 1.", file=sys.stderr)
         return 2
-    path = minari.storage.get_dataset_path(f"D4RL/antmaze/{args.task}-v1")
-    if (path / "data").exists() and not args.overwrite:
-        print(f"{path} exists already; --overwrite collects it anew.")
+    if (minari.storage.get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite:
+        print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     collect(args)
     return 0

@@ -5,14 +5,14 @@
     python -m collect.from_arrays hopper_medium-v2.hdf5 --dataset-id mine/hopper-v0    # D4RL, whose name tells it
 
     .npz         one row a step, in order: observations [N, ...], or observations/<key> of a dictionary; actions [N, A],
-                 rewards [N], terminations [N] (the environment ended the episode), truncations [N] (a time limit did);
-                 optional: next_observations [N, ...], infos/<name> [N, ...] as `step` returned them
+                 rewards [N], terminations [N] (the environment ended the episode), truncations [N] (a time limit did),
+                 or D4RL's names; optional: next_observations [N, ...], infos/<name> [N, ...] as `step` returned them
     robomimic    data/demo_*: obs, next_obs, actions, rewards, dones; images are left out
-    D4RL         observations, actions, rewards, terminals, timeouts, next_observations
+    D4RL         observations, actions, rewards, terminals, and if there are any timeouts, next_observations
 
 An episode needs the state after its last step. Without next observations, the last step of an episode that terminated
-gets its own state there, which nothing uses; that of an episode that was cut off is left out. The dataset's action box
-is the one that the actions fill.
+gets its own state there, which nothing uses; that of an episode that was cut off is left out. Where a row is not what
+follows the one before it, an episode was cut off too. The dataset's action box is the one that the actions fill.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import gymnasium_robotics
@@ -63,9 +64,11 @@ class Args:
     box: tuple[float, float] | None = None
     """low and high of the action box in every dimension; None is the smallest box around the actions"""
     time_limit: int | None = None
-    """terminations after this many steps are time-outs"""
+    """terminations after this many steps are time-outs; None asks the environment for its own limit"""
     true_ends: bool = False
-    """terminations after the longest length are none of these"""
+    """terminations at the time limit, or after the longest length, are no time-outs"""
+    jumps: Literal["refuse", "split", "keep"] = "refuse"
+    """without next observations: what becomes of a jump between two rows that looks like an episode's unmarked end"""
     overwrite: bool = False
     """replace the dataset where one of that id exists"""
 
@@ -85,8 +88,11 @@ class Data:
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-def read_columns(arrays, renamed: dict[str, str]) -> Data:
-    """A file with one array a column. Raises InputError where one is missing."""
+def read_columns(arrays: dict) -> Data:
+    """A file with one array a column, by D4RL's names or Gymnasium's. Raises InputError where one is missing."""
+    renamed = {"terminals": "terminations", "timeouts": "truncations"}
+    if "terminals" in arrays and "truncations" not in arrays:  # in some of D4RL's files terminals alone end episodes
+        arrays = {"timeouts": np.zeros(len(arrays["terminals"]), bool), **arrays}
     nested = {name: {} for name in ("observations", "next_observations", "infos")}
     columns = {}
     for name in arrays:
@@ -102,13 +108,6 @@ def read_columns(arrays, renamed: dict[str, str]) -> Data:
             f"the file has no {' and no '.join(missing)}, only {', '.join(arrays) or 'nothing'}: add them."
         )
     return Data(**columns, **nested)
-
-
-def read_d4rl(file: h5py.File) -> Data:
-    """Without its infos, the simulator's states. In a file without time-outs, terminals alone end episodes."""
-    arrays = {name: file[name] for name in file if isinstance(file[name], h5py.Dataset)}
-    arrays.setdefault("timeouts", np.zeros(len(arrays.get("actions", ())), bool))
-    return read_columns(arrays, {"terminals": "terminations", "timeouts": "truncations"})
 
 
 def read_robomimic(file: h5py.File, keys: tuple[str, ...]) -> Data:
@@ -150,11 +149,12 @@ def read(args: Args) -> tuple[Data, str | None]:
     try:
         if args.file.suffix == ".npz":
             with np.load(args.file) as arrays:
-                return read_columns(arrays, {}), None
+                return read_columns(dict(arrays)), None
         with h5py.File(args.file) as file:
             if "data" in file:
                 return read_robomimic(file, args.keys), None
-            return read_d4rl(file), D4RL_ENVS.get(re.split(r"[-_.]", args.file.name.lower())[0])
+            columns = {name: column for name, column in file.items() if isinstance(column, h5py.Dataset)}  # no infos
+            return read_columns(columns), D4RL_ENVS.get(re.split(r"[-_.]", args.file.name.lower())[0])
     except InputError as error:
         raise InputError(f"{args.file}: {error}") from error
     except Exception as error:  # whatever NumPy and h5py raise for a damaged file
@@ -199,13 +199,38 @@ def check_columns(data: Data) -> None:
     data.terminations, data.truncations = data.terminations.astype(bool), data.truncations.astype(bool)
 
 
-def find_timeouts(lengths: np.ndarray, terminated: np.ndarray, rewarded: np.ndarray) -> int:
-    """How many episodes [E] end as terminated when time was up: after the longest length, two or more, without a cause.
+def mark_cuts(data: Data, jumps: str) -> None:
+    """Marks rows that the next one does not follow as cut off. Raises InputError where that is not clear.
 
-    `rewarded` says whether the last step was a success, or its reward the highest of its episode, as a success's is.
+    Without next observations, such a row shows where most entries move more than 20 times as far as they mostly do.
     """
-    suspects = int((terminated & ~rewarded & (lengths == lengths.max())).sum())
-    return suspects if suspects > 1 else 0
+    (rows,) = np.nonzero(~(data.terminations | data.truncations)[:-1])
+    vectors = [values for values in data.observations.values() if values.ndim == 2]
+    if data.starts is not None or len(rows) == 0 or (not data.next_observations and not vectors):
+        return
+    if data.next_observations:
+        pairs = [(values[rows], data.observations[key][rows + 1]) for key, values in data.next_observations.items()]
+        same = [np.isclose(*pair, rtol=1e-3, atol=1e-4).reshape(len(rows), -1).all(1) for pair in pairs]
+        cuts, what = rows[~np.all(same, axis=0)], "the next observation is not the next row's"
+        if len(cuts) > len(rows) / 4:
+            raise InputError(
+                f"the next observation of row {cuts[0]} is not the observation of row {cuts[0] + 1}, and so in "
+                f"{len(cuts)} of {len(rows)} rows: rows have to be the steps of whole episodes, in order."
+            )
+    else:
+        moves = np.concatenate([np.abs(np.diff(values.astype(float), axis=0))[rows] for values in vectors], axis=1)
+        usual = np.median(moves, axis=0)
+        far = np.median(moves[:, usual > 0] / usual[usual > 0], axis=1) if usual.any() else np.zeros(len(rows))
+        cuts, what = rows[far > 20] if jumps != "keep" else rows[:0], "the observation jumps"
+        if len(cuts) and jumps == "refuse":
+            raise InputError(
+                f"from row {cuts[0]} to row {cuts[0] + 1} the observation moves {far.max():.0f} times as far as usual, "
+                f"and no episode's end is marked there ({len(cuts)} such rows): --jumps split ends episodes there, "
+                "--jumps keep takes these rows as one episode's."
+            )
+    data.truncations[cuts] = True
+    if len(cuts):
+        print(f"{len(cuts)} episodes end, cut off, in rows without a mark, because {what}: {cuts[:5].tolist()} ...")
 
 
 def rewarded_at_end(rewards: np.ndarray) -> bool:
@@ -213,8 +238,12 @@ def rewarded_at_end(rewards: np.ndarray) -> bool:
     return len(rewards) > 1 and bool(rewards[-1] > rewards[:-1].max())
 
 
-def find_bounds(data: Data, args: Args) -> list[tuple[int, int]]:
-    """First step and end of every episode. Makes time-outs of terminations if told to. Raises InputError."""
+def find_bounds(data: Data, args: Args, limit: int | None) -> list[tuple[int, int]]:
+    """First step and end of every episode. Raises InputError.
+
+    What terminates in the last step of the time `limit` with no success and no higher reward there becomes a time-out.
+    Where no limit is known, two or more such ends after the longest length are suspect.
+    """
     steps = len(data.actions)
     if data.starts is None:
         ends = np.flatnonzero(data.terminations | data.truncations) + 1
@@ -226,39 +255,27 @@ def find_bounds(data: Data, args: Args) -> list[tuple[int, int]]:
     bounds = [(start, end) for start, end in zip(starts, [*starts[1:], steps], strict=True) if start < end]
     lengths = np.array([end - start for start, end in bounds])
     last = np.array([end - 1 for _, end in bounds])
-    if args.time_limit is not None:
-        late = last[lengths == args.time_limit]
-        if len(late) == 0:
-            raise InputError(
-                f"--time-limit {args.time_limit}: no episode has this length; the longest has {lengths.max()}."
-            )
-        data.truncations[late] |= data.terminations[late]
-        data.terminations[late] = False
+    longest = lengths.max()
     rewarded = np.array([rewarded_at_end(data.rewards[start:end]) for start, end in bounds])
     rewarded |= data.infos.get("success", np.zeros(steps)).reshape(steps, -1)[last].any(1)
-    suspects = find_timeouts(lengths, data.terminations[last], rewarded)
-    if suspects and not args.true_ends:
-        longest = lengths.max()
+    if args.time_limit is not None:
+        limit, rewarded = args.time_limit, np.zeros(len(bounds), bool)  # whatever the reward
+        if limit not in lengths:
+            raise InputError(f"--time-limit {limit}: no episode has this length; the longest has {longest}.")
+    suspects = last[data.terminations[last] & ~rewarded & (lengths == (limit or longest))]
+    if args.true_ends:
+        return bounds
+    if limit is None and len(suspects) > 1:
         raise InputError(
-            f"{suspects} of {len(bounds)} episodes terminate after {longest} steps, the longest length, with no "
+            f"{len(suspects)} of {len(bounds)} episodes terminate after {longest} steps, the longest length, with no "
             f"higher reward there: --time-limit {longest} makes them time-outs, --true-ends keeps them."
         )
+    if limit is not None and len(suspects):
+        print(
+            f"{len(suspects)} episodes that terminate after {limit} steps, the time limit, are saved as cut off there"
+        )
+        data.terminations[suspects], data.truncations[suspects] = False, True
     return bounds
-
-
-def check_order(data: Data, bounds: list[tuple[int, int]]) -> None:
-    """Raises InputError where an episode's next observation is not the next step's: shuffled steps have no returns."""
-    follows = np.ones(len(data.actions), bool)
-    follows[[end - 1 for _, end in bounds]] = False
-    (rows,) = np.nonzero(follows)
-    for key, following in data.next_observations.items():
-        same = np.isclose(following[rows], data.observations[key][rows + 1], rtol=1e-3, atol=1e-4)
-        broken = rows[~same.reshape(len(rows), -1).all(1)]
-        if len(broken):
-            raise InputError(
-                f"the next observation of row {broken[0]} is not the observation of row {broken[0] + 1}: "
-                "rows have to be the steps of whole episodes, in order."
-            )
 
 
 def find_box(actions: np.ndarray, box: tuple[float, float] | None) -> gym.spaces.Box:
@@ -350,11 +367,10 @@ def convert(args: Args) -> minari.MinariDataset:
     """Reads, checks, writes, and prints what became of the data. Raises InputError before anything is written."""
     data, told = read(args)
     check_columns(data)
-    bounds = find_bounds(data, args)
-    if data.starts is None:
-        check_order(data, bounds)
     space, env_id = space_of(data.observations), args.env_id or told
     env = find_env(env_id, space, data.actions) if env_id else None
+    mark_cuts(data, args.jumps)
+    bounds = find_bounds(data, args, env and env.spec.max_episode_steps)
     box = find_box(data.actions, args.box)
     outside = ((data.actions < box.low) | (data.actions > box.high)).mean()
     if outside > 0.2:
@@ -365,7 +381,9 @@ def convert(args: Args) -> minari.MinariDataset:
 
     shutil.rmtree(minari.storage.get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
+        warnings.filterwarnings(
+            "ignore", r"`\w+` is set to None|env_spec is None"
+        )  # Minari asks for more than there is
         dataset = minari.create_dataset_from_buffers(
             args.dataset_id,
             buffers,
@@ -396,7 +414,10 @@ def convert(args: Args) -> minari.MinariDataset:
         f"fill {fill:.0%} of it, {outside:.2%} lie outside"
     )
     if fill < 0.5:
-        print("note: few actions use most of this box: leave outliers out, or name a smaller --box (docs/tasks.md)")
+        print(
+            "note: most of this box is empty, where Q is low anyway, so that --cql-lagrange all but switches the "
+            "regulariser off: leave outliers out, or name a smaller --box (docs/tasks.md)"
+        )
     if env is not None and isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded():
         share = np.mean((box.high - box.low) / (env.action_space.high - env.action_space.low))
         print(f"that is {share:.0%} of the environment's own box, {env.action_space}")

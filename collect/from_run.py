@@ -24,7 +24,7 @@ import torch
 import tyro
 from minari.data_collector import EpisodeBuffer
 
-from cal_ql_continuous import InputError, find_task, open_dataset
+from cal_ql_continuous import SETTINGS, TASKS, InputError, Task
 
 
 @dataclasses.dataclass
@@ -56,37 +56,34 @@ def read_run(run: str) -> tuple[dict, list[np.ndarray], list[slice]]:
     path = Path(run) / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script, progress, buffer = checkpoint["script"], checkpoint["progress"], checkpoint["buffer"]
-        if not script.endswith("continuous.py") and script != "sac_offline_data.py" or script.startswith("odt"):
-            raise InputError(
-                f"{run} is of {script}, whose replay holds no vectors: only other scripts' runs are saved."
-            )
-        columns = [np.roll(column.numpy(), -buffer["cursor"], axis=0) for column in buffer["online"]]
-        args, steps = checkpoint["args"], len(columns[0])
-    except InputError:
-        raise
+        settings, env_steps, buffer = checkpoint["args"], checkpoint["progress"]["env_steps"], checkpoint["buffer"]
+        columns = [np.roll(column.numpy(), -buffer.get("cursor", 0), axis=0) for column in buffer["online"]]
     except Exception as error:  # whatever a missing or damaged file does
         raise InputError(f"{path} is missing or damaged ({type(error).__name__}); name a run's folder.") from error
-    whole = steps == progress["env_steps"]
-    episodes = split_episodes(columns, whole) if steps else []
+    if "cursor" not in buffer or columns[0].ndim != 2:
+        raise InputError(f"{run} has no replay of vectors: runs of ODT or from pixels cannot be saved.")
+    episodes = split_episodes(columns, whole=len(columns[0]) == env_steps) if len(columns[0]) else []
     if not episodes:
         raise InputError(f"{run} has no online episode yet.")
-    if whole and len(episodes) != progress["episodes"]:
-        raise InputError(f"{run} played {progress['episodes']} episodes, of which {len(episodes)} can be told apart.")
-    return args, columns, episodes
+    return settings, columns, episodes
 
 
 def save(args: Args) -> minari.MinariDataset:
     """Writes the dataset. Raises InputError."""
     settings, columns, episodes = read_run(args.run)
-    task = find_task(settings["env_id"])
-    source = open_dataset(task.datasets[-1])
+    task = TASKS.get(settings["env_id"], Task("any other", (settings["env_id"],)))
+    own_env = SETTINGS.get(task.domain, {}).get("online_env")  # of another one the data tell nothing
+    source_id = (settings["datasets"] or task.datasets)[-1]
+    try:
+        source = minari.load_dataset(source_id)
+    except Exception as error:
+        raise InputError(f"cannot open {source_id}, the data of {args.run}, whose action box is needed.") from error
     box, space, spec = source.action_space, source.observation_space, copy.deepcopy(source.env_spec)
     if task.domain not in ("any other", "pick-place"):
         space = gym.spaces.Box(-np.inf, np.inf, columns[0].shape[1:], np.float32)
-    if task.domain not in ("any other", "pick-place") or settings.get("online_env"):
+    if task.domain not in ("any other", "pick-place") or settings["online_env"] != own_env:
         spec = None
-    elif settings["episode_length"]:
+    elif spec is not None and settings["episode_length"]:
         spec.max_episode_steps = settings["episode_length"]
 
     buffers = []
@@ -106,7 +103,9 @@ def save(args: Args) -> minari.MinariDataset:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for an evaluation environment
+            warnings.filterwarnings(
+                "ignore", r"`\w+` is set to None|env_spec is None"
+            )  # Minari asks for more than that
             return minari.create_dataset_from_buffers(
                 args.dataset_id, buffers, env=spec, action_space=box, observation_space=space,
                 algorithm_name=f"online episodes of {Path(args.run).name}", author="Cal-QL",

@@ -1,7 +1,7 @@
 """Pick-and-place with a distractor, from state or camera: environment, scripted demonstrator, Minari dataset.
 
     python -m collect.pick_place                  # 10 noisy demonstrations, a few seconds
-    python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0      # pick-place-broad
+    python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0
     python -m collect.pick_place --camera         # 500 with images in place of the state, minutes; resumable
 
 A Fetch arm has to put the red cube on the green tray; a blue cube lies in the way and does not matter. The reward
@@ -182,7 +182,8 @@ def make_camera_env(**kwargs) -> gym.Env:
 
 
 for env_id, make in (("cal-ql/PickPlace-v0", make_state_env), ("cal-ql/PickPlaceCamera-v0", make_camera_env)):
-    gym.register(env_id, entry_point=f"collect.pick_place:{make.__name__}", max_episode_steps=40)
+    if env_id not in gym.registry:  # `python -m` runs this file, and the entry point imports it a second time
+        gym.register(env_id, entry_point=f"collect.pick_place:{make.__name__}", max_episode_steps=40)
 STATE_SPEC, CAMERA_SPEC = gym.spec("cal-ql/PickPlace-v0"), gym.spec("cal-ql/PickPlaceCamera-v0")
 
 
@@ -273,7 +274,7 @@ def collect(args: Args) -> minari.MinariDataset:
             "libgl1-mesa-dri`, and leave MUJOCO_GL unset or egl"
         ) from error
     parts.mkdir(parents=True, exist_ok=True)
-    for k in tqdm(range(args.episodes), desc="demonstrations", unit="episode"):
+    for k in tqdm(range(args.episodes), desc="demonstrations", unit="episode", disable=None):
         if not (parts / f"{k}.npz").exists():
             np.savez(parts / "unfinished.npz", **demonstrate(env, args.noise, 100_000 * args.seed + k))
             os.replace(parts / "unfinished.npz", parts / f"{k}.npz")
@@ -297,7 +298,7 @@ def collect(args: Args) -> minari.MinariDataset:
 
     shutil.rmtree(get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
+        warnings.filterwarnings("ignore", r"`\w+` is set to None")  # Minari asks for more than there is
         dataset = minari.create_dataset_from_buffers(
             args.dataset_id,
             episodes(),

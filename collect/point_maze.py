@@ -1,9 +1,16 @@
-"""The lightest task: a point mass through the medium maze, and noisy demonstrations of it as a Minari dataset.
+"""Point mazes, light relatives of AntMaze: the environments, and play data of them as Minari datasets.
 
-    python -m collect.point_maze                  # 40 demonstrations, a few seconds
+    python -m collect.point_maze large            # cal-ql/point-maze/large-v0: 300 episodes of 100 steps, a minute
+    python -m collect.point_maze large-third      # its first 100 episodes
+    python -m collect.point_maze medium           # 150 episodes in the medium maze
+    python -m collect.point_maze large --no-clip  # cal-ql/point-maze/large-unclipped-v0: actions as they were commanded
 
-The environment is gymnasium-robotics' own `PointMaze_Medium-v3` with one start and one goal cell; the reward is 1
-at the goal, which ends the episode, and 0 elsewhere. A smoke run rather than a demonstration: it is solved offline.
+A point mass has to come to one goal from anywhere in gymnasium-robotics' maze. Each action is held for ten physics
+steps, so that a cell takes two to five. The reward is 1 within 0.45 m of the goal, which ends the episode, else 0.
+
+Play data show no way to that goal on purpose: an episode starts anywhere and goes to random cells, one after the other.
+A waypoint controller with noise walks, on and on; reaching the task's goal ends nothing here. The scripts relabel these
+data to the task as they relabel AntMaze's.
 """
 
 import collections
@@ -12,32 +19,57 @@ import dataclasses
 import shutil
 import sys
 import warnings
+from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
-import gymnasium_robotics
 import minari
 import numpy as np
 import tyro
-from gymnasium_robotics.envs.maze.maps import GOAL, MEDIUM_MAZE, RESET
+from gymnasium_robotics.envs.maze.maps import GOAL, LARGE_MAZE, MEDIUM_MAZE
+from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
 from minari.data_collector import EpisodeBuffer
 from tqdm import tqdm
 
-START_CELL, GOAL_CELL = (1, 1), (6, 6)  # (row, column)
+MAZES = {"Medium": (MEDIUM_MAZE, (6, 6)), "Large": (LARGE_MAZE, (7, 9))}  # map, cell (row, column) of the goal
+DATASETS = {"medium": ("Medium", 150), "large": ("Large", 300), "large-third": ("Large", 100)}  # maze, episodes
+STEPS = 100  # of an episode of the data
 
 
-def make_spec() -> gym.envs.registration.EnvSpec:
-    """The environment's specification, with the start and the goal written into its map."""
-    gym.register_envs(gymnasium_robotics)
-    spec, maze = copy.deepcopy(gym.spec("PointMaze_Medium-v3")), copy.deepcopy(MEDIUM_MAZE)
-    maze[START_CELL[0]][START_CELL[1]], maze[GOAL_CELL[0]][GOAL_CELL[1]] = RESET, GOAL
-    spec.kwargs = {**spec.kwargs, "maze_map": maze, "continuing_task": False, "reset_target": False}
-    spec.max_episode_steps = 300
-    return spec
+class HeldPointMaze(PointMazeEnv):
+    """PointMaze with one goal, at its cell's centre, a start in any other free cell, and each action held."""
+
+    def __init__(self, hold: int = 10, **kwargs):
+        super().__init__(**kwargs)
+        self.hold = hold
+        self.position_noise_range = 0.0  # it would move the goal too
+
+    def generate_reset_pos(self) -> np.ndarray:
+        return super().generate_reset_pos() + self.np_random.uniform(-0.25, 0.25, 2)
+
+    def step(self, action):
+        for _ in range(self.hold):
+            result = super().step(action)
+            if result[2]:
+                break
+        return result
 
 
-def next_cells(maze_map: list[list]) -> dict[tuple[int, int], tuple[int, int]]:
-    """For every free cell the neighbour that is one step closer to the goal cell (breadth-first from the goal)."""
-    towards, frontier = {GOAL_CELL: GOAL_CELL}, collections.deque([GOAL_CELL])
+for name, (maze_map, (row, column)) in MAZES.items():
+    maze_map = copy.deepcopy(maze_map)
+    maze_map[row][column] = GOAL  # the one goal; no start is marked, so that any other free cell may be one
+    if f"cal-ql/PointMaze{name}-v0" not in gym.registry:  # `python -m` runs this file as well as `collect.point_maze`
+        gym.register(
+            f"cal-ql/PointMaze{name}-v0",
+            entry_point="collect.point_maze:HeldPointMaze",
+            kwargs={"maze_map": maze_map, "continuing_task": False, "reset_target": False},
+            max_episode_steps=100,  # the longest way takes 43
+        )
+
+
+def next_cells(maze_map: list[list], goal: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
+    """For every free cell the neighbour that is one step closer to the goal (breadth-first from the goal)."""
+    towards, frontier = {goal: goal}, collections.deque([goal])
     while frontier:
         row, column = here = frontier.popleft()
         for cell in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
@@ -47,84 +79,103 @@ def next_cells(maze_map: list[list]) -> dict[tuple[int, int], tuple[int, int]]:
     return towards
 
 
+def control(position: np.ndarray, velocity: np.ndarray, waypoint: np.ndarray) -> np.ndarray:
+    """The action [2] towards a waypoint, not clipped."""
+    return 5 * (waypoint - position) - velocity
+
+
 @dataclasses.dataclass
 class Args:
-    """Collect noisy waypoint demonstrations in PointMaze as a Minari dataset."""
+    """Collect play data of a point maze as a Minari dataset."""
 
-    dataset_id: str = "cal-ql/pointmaze/narrow-v0"
-    """the Minari id to write"""
-    episodes: int = 40
-    """how many demonstrations"""
+    dataset: tyro.conf.Positional[Literal["medium", "large", "large-third"]]
+    """which one"""
+    episodes: int = 0
+    """how many episodes; 0 is the dataset's own number"""
     noise: float = 0.5
     """standard deviation of the noise on the controller's actions"""
+    clip: bool = True
+    """save actions clipped to [-1, 1], as they act; else as the controller gave them, with the box that they fill"""
     seed: int = 1
-    """seed of the resets and of the noise"""
+    """seed of starts, goals and noise"""
     overwrite: bool = False
     """collect anew and replace the dataset where one of that id exists"""
 
+    @property
+    def dataset_id(self) -> str:
+        return f"cal-ql/point-maze/{self.dataset}{'' if self.clip else '-unclipped'}-v0"
+
+
+def collect_episode(env: gym.Env, number: int, args: Args) -> EpisodeBuffer:
+    """Plays to one random cell after the other for STEPS steps."""
+    seed = 100_000 * args.seed + number
+    rng, maze = np.random.default_rng(seed), env.unwrapped.maze
+    cells = [*next_cells(maze.maze_map, tuple(np.argwhere(np.array(maze.maze_map, object) != 1)[0]))]
+    observation, info = env.reset(seed=seed)
+    observations, actions, rewards, success, target = [observation], [], [], [info["success"]], None
+    for _ in range(STEPS):
+        position, velocity = np.split(observation["observation"], 2)
+        if target is None or np.linalg.norm(position - maze.cell_rowcol_to_xy(target)) < 0.3:
+            target = cells[rng.integers(len(cells))]
+            towards = next_cells(maze.maze_map, target)
+        waypoint = maze.cell_rowcol_to_xy(towards[tuple(maze.cell_xy_to_rowcol(position))])
+        action = control(position, velocity, waypoint) + args.noise * rng.standard_normal(2)
+        actions.append((action.clip(-1, 1) if args.clip else action).astype(np.float32))
+        observation, reward, _, _, info = env.step(actions[-1].clip(-1, 1))
+        observations.append(observation), rewards.append(reward), success.append(info["success"])
+    return EpisodeBuffer(
+        id=number,
+        seed=seed,
+        observations={key: np.array([each[key] for each in observations]) for key in observation},
+        actions=np.array(actions),
+        rewards=np.array(rewards),
+        terminations=np.zeros(STEPS, bool),
+        truncations=np.arange(STEPS) == STEPS - 1,
+        infos={"success": np.array(success)},
+    )
+
 
 def collect(args: Args) -> minari.MinariDataset:
-    """Rolls out the waypoint controller and writes the dataset.
-
-    Returns:
-        the dataset, of `args.episodes` episodes of at most 300 steps, with `infos["success"]` [T+1] as Minari has it.
-    """
-    spec = make_spec()
-    env, episodes = gym.make(spec), []
-    maze = env.unwrapped.maze
-    towards = next_cells(maze.maze_map)
-    for k in tqdm(range(args.episodes), desc="demonstrations", unit="episode"):
-        seed = 100_000 * args.seed + k
-        obs, info = env.reset(seed=seed)
-        rng = np.random.default_rng(seed)
-        steps, actions, rewards, terminations, success = [obs], [], [], [], [info["success"]]
-        truncated = False
-        while not (truncated or (terminations and terminations[-1])):
-            position, velocity = obs["observation"][:2], obs["observation"][2:]
-            waypoint = maze.cell_rowcol_to_xy(towards[tuple(maze.cell_xy_to_rowcol(position))])
-            action = 5 * (waypoint - position) - velocity + args.noise * rng.standard_normal(2)
-            actions.append(np.clip(action, -1, 1).astype(np.float32))
-            obs, reward, terminated, truncated, info = env.step(actions[-1])
-            steps.append(obs), rewards.append(reward), terminations.append(terminated), success.append(info["success"])
-        truncations = [False] * (len(actions) - 1) + [truncated and not terminations[-1]]
-        observations = {key: np.array([step[key] for step in steps]) for key in steps[0]}
-        episodes.append(
-            EpisodeBuffer(
-                id=k,
-                seed=seed,
-                observations=observations,
-                actions=np.array(actions),
-                rewards=rewards,
-                terminations=terminations,
-                truncations=truncations,
-                infos={"success": np.array(success)},
-            )
-        )
+    """Plays and writes the dataset; prints how many episodes pass the task's goal."""
+    maze, episodes = DATASETS[args.dataset]
+    spec = copy.deepcopy(gym.spec(f"cal-ql/PointMaze{maze}-v0"))
+    spec.max_episode_steps = STEPS
+    spec.kwargs["continuing_task"] = True
+    env = gym.make(spec)
+    numbers = tqdm(range(args.episodes or episodes), f"collect {args.dataset}", unit="episode", disable=None)
+    buffers = [collect_episode(env, number, args) for number in numbers]
     env.close()
+    bound = 1.0 if args.clip else float(max(np.abs(buffer.actions).max() for buffer in buffers))
     shutil.rmtree(minari.storage.get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for an e-mail address and for a separate evaluation environment
-        return minari.create_dataset_from_buffers(
+        warnings.filterwarnings("ignore", r"`\w+` is set to None")  # Minari asks for more than there is
+        dataset = minari.create_dataset_from_buffers(
             args.dataset_id,
-            episodes,
+            buffers,
             env=spec,
+            action_space=gym.spaces.Box(-bound, bound, (2,), np.float32),
             algorithm_name=f"waypoints, action noise {args.noise}",
             author="Cal-QL",
-            description="Noisy waypoint demonstrations from one start to one goal.",
+            description="Play data: from a random start to one random cell after the other.",
         )
+    passing = sum(bool(buffer.infos["success"].any()) for buffer in buffers)
+    edge = np.mean([np.abs(buffer.actions) >= 1 for buffer in buffers])
+    print(f"{dataset.id}: {len(buffers)} episodes, {dataset.total_steps} steps; {passing} pass the goal; "
+          f"{edge:.0%} of the actions' entries are at the box's edge or beyond")  # fmt: skip
+    return dataset
 
 
 def main() -> int:
     args = tyro.cli(Args)
-    if args.episodes < 1 or args.noise < 0:
-        print("error: --episodes must be at least 1 and --noise at least 0.", file=sys.stderr)
+    if args.episodes < 0 or args.seed < 0 or not 0 <= args.noise < np.inf:
+        print("error: --episodes, --seed and --noise must be at least 0.", file=sys.stderr)
         return 2
     if (minari.storage.get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite:
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
-    dataset = collect(args)
-    succeeded = sum(bool(episode.infos["success"].any()) for episode in dataset)
-    print(f"{dataset.id}: {len(dataset)} episodes, {dataset.total_steps} steps, {succeeded} successful")
+    # The environment's entry point is `collect.point_maze`, wherever and however this file is started.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    collect(args)
     return 0
 
 

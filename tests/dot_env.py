@@ -5,20 +5,18 @@ import numpy as np
 
 
 class DotEnv(gym.Env):
-    """A dot to be pushed to the right edge, drawn with NumPy; with a vector beside the image, or without one."""
+    """A dot to be pushed to the right edge, drawn with NumPy."""
 
-    def __init__(self, vector: bool = False, size: int = 12):
-        pixels = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        place = gym.spaces.Box(-1, 1, (2,), np.float64)
-        self.vector, self.size = vector, size
-        self.observation_space = gym.spaces.Dict({"image": pixels, "place": place}) if vector else pixels
+    def __init__(self, size: int = 12, render_mode: str | None = None):
+        self.size = size
+        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-2, 2, (2,), np.float32)
 
     def observe(self):
         frame = np.zeros((self.size, self.size, 3), np.uint8)
         row, column = ((self.place + 1) / 2 * (self.size - 1)).astype(int)
         frame[row, column] = 255, 128, 0
-        return {"image": frame, "place": self.place.copy()} if self.vector else frame
+        return frame
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -29,3 +27,7 @@ class DotEnv(gym.Env):
         self.place = np.clip(self.place + 0.2 * np.asarray(action, float), -1, 1)
         success = bool(self.place[1] == 1)
         return self.observe(), float(success), success, False, {"success": success}
+
+
+if "test/Dot-v0" not in gym.registry:
+    gym.register("test/Dot-v0", entry_point="dot_env:DotEnv", max_episode_steps=8)

@@ -1,22 +1,20 @@
-"""Whole runs, tiny ones, of each script: what they write, how they stop and go on, what they say to bad input."""
+"""Whole runs, tiny ones: what they write, how they stop and go on, what they say to a slip on the command line."""
 
-import copy
-import dataclasses
-import hashlib
 import importlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
-import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import gymnasium as gym
@@ -27,16 +25,18 @@ import torch
 import wandb
 from minari.data_collector import EpisodeBuffer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
+import cal_ql_continuous as cal_ql
 from collect import from_run, pick_place
 
+ROOT = Path(__file__).parents[1]
 NAMES = ["cal_ql_continuous", "cql_continuous", "sac_offline_data"]
-# 200 updates with evaluations at 0, 80, 160 and 200, then 3 episodes of 5 steps with two updates a step.
-TINY = """--env-id pick-place --episode-length 5 --offline-steps 200 --online-steps 15 --offline-eval-interval 80
+# 120 updates with evaluations at 0, 50, 100 and 120, then 3 episodes of 5 steps with two updates a step.
+TINY = """--env-id pick-place --episode-length 5 --offline-steps 120 --online-steps 15 --offline-eval-interval 50
 --online-eval-interval 8 --eval-episodes 2 --utd-ratio 2 --actor-interval 2 --buffer-size 12 --actor-layers 8
 --critic-layers 8 --batch-size 8 --device cpu --reward-bias -2""".split()
-COLUMNS = "phase updates env_steps score return regret mean_q mean_mc_return bound_rate wall_time".split()
+STOPPED = "\nstopped; `--resume` with the run's folder goes on from its last checkpoint."
+COLUMNS = "phase updates env_steps score return mean_q mean_mc_return bound_rate wall_time".split()
 
 
 @pytest.fixture(scope="session")
@@ -49,16 +49,16 @@ def demonstrations(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def surroundings(demonstrations, monkeypatch):
-    """What a run changes in its process is put back after each test."""
+def surroundings(demonstrations, tmp_path, monkeypatch):
+    """An empty working directory; what a run changes in its process is put back."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(demonstrations))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers, precision = signal.getsignal(signal.SIGTERM), torch.get_float32_matmul_precision()
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in NAMES:
-        importlib.import_module(name).SIGNALS.clear()
+    signal.signal(signal.SIGTERM, handlers)
+    torch.set_float32_matmul_precision(precision)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(params=NAMES)
@@ -66,38 +66,43 @@ def script(request) -> types.ModuleType:
     return importlib.import_module(request.param)
 
 
-@pytest.fixture
-def cal_ql() -> types.ModuleType:
-    """For what is the same to the letter in all scripts."""
-    return importlib.import_module("cal_ql_continuous")
+def start(script, *flags: str) -> Path:
+    """Trains in this process; returns the run's folder."""
+    before = {*Path("runs").glob("*")}
+    script.train(*script.parse_args([*flags]))
+    new = {*Path("runs").glob("*")} - before
+    return new.pop().absolute() if new else Path(flags[flags.index("--resume") + 1]).absolute()
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """The folder for the test's runs; nothing else lies in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
+def refusal(*flags: str) -> str:
+    """The one sentence that Cal-QL has for these flags, with which it has not begun a run."""
+    before = {*Path("runs").glob("*")}
+    with pytest.raises(cal_ql.InputError) as error:
+        start(cal_ql, *flags)
+    assert "\n" not in str(error.value) and {*Path("runs").glob("*")} == before
+    return str(error.value)
 
 
-def start(script, *flags: str) -> int:
-    """The exit code of a run in this process; as a process does, it prints a text that it exits with."""
-    script.SIGNALS.clear()
+def run_as_process(patch, *flags: str):
+    """What the file as a program exits with: a number, or a text that stands for 1 and is printed."""
+    patch.setattr(sys, "argv", ["cal_ql_continuous.py", *flags])
     try:
-        return script.main([*flags])
+        runpy.run_path(cal_ql.__file__, run_name="__main__")
     except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-            return 1
         return stop.code
-
-
-def only(runs: Path) -> Path:
-    (run,) = runs.iterdir()
-    return run
+    return 0
 
 
 def read(run: Path) -> dict:
     return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def change(run: Path, **parts) -> None:
+    """Puts other parts into a run's checkpoint; a dictionary is merged into the one that is there."""
+    state = read(run)
+    for key, value in parts.items():
+        state[key] = state[key] | value if isinstance(value, dict) else value
+    torch.save(state, run / "checkpoint.pt")
 
 
 def table(run: Path) -> list[dict[str, str]]:
@@ -117,102 +122,20 @@ def at_call(count: int, function, then):
     return wrapped
 
 
-def in_child(function) -> int:
-    """Runs the function in a fork of this process, and returns the number of the signal that ended that."""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(script) -> Path:
+    """The run of a fork of this process, which must be ended by SIGKILL."""
     child = os.fork()
     if not child:
         try:
-            function()
+            start(script, *TINY)
         finally:
             os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
-def error_line(capsys) -> str:
-    """The one line of an error; no traceback beside it."""
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    (line,) = [line for line in errors.splitlines() if "error: " in line]
-    return line
-
-
-# ---- What a run writes -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def whole(request, demonstrations, tmp_path_factory) -> tuple[types.ModuleType, Path]:
-    """A script and its run from beginning to end."""
-    script = importlib.import_module(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(demonstrations))
-        patch.chdir(tmp_path_factory.mktemp("whole"))
-        assert start(script, *TINY) == 0
-        return script, only(Path("runs").absolute())
-
-
-def test_evaluations(whole):
-    script, run = whole
-    assert run.name.startswith(f"pick-place__{script.__name__}__1__")
-    rows = table(run)
-    assert list(rows[0]) == COLUMNS
-    steps = [(row["phase"], int(row["updates"]), int(row["env_steps"])) for row in rows]
-    assert steps[:4] == [("offline", updates, 0) for updates in (0, 80, 160, 200)]
-    assert steps[4:] == [("online", 220, 10), ("online", 230, 15)]  # online steps are the episodes' sum
-    for row in rows:
-        assert all(math.isfinite(float(row[name])) for name in ("score", "return", "mean_q", "mean_mc_return"))
-        assert 0 <= float(row["bound_rate"]) <= 1
-        assert math.isfinite(float(row["regret"])) == (row["phase"] == "online")
-    seconds = [float(row["wall_time"]) for row in rows]
-    assert seconds == sorted(seconds) and seconds[-1] > 0
-
-
-def test_settings_are_recorded(whole):
-    config = json.loads((whole[1] / "config.json").read_text())
-    assert (config["env_id"], config["utd_ratio"], config["actor_layers"]) == ("pick-place", 2, [8])
-    assert (config["reward_bias"], config["reward_scale"], config["gamma"]) == (-2, 11, 0.96)  # given, and the task's
-
-
-def test_tensorboard_has_the_curves(whole):
-    script, run = whole
-    events = EventAccumulator(str(run)).Reload()
-    assert {
-        "losses/qf_loss", "losses/actor_loss", "losses/alpha", "charts/episodic_return", "charts/episodic_length",
-        "eval/score", "eval/mean_q", "eval/mean_mc_return", "eval/bound_rate",
-    } <= set(events.Tags()["scalars"])  # fmt: skip
-    assert ("losses/cql_gap" in events.Tags()["scalars"]) == (script.__name__ != "sac_offline_data")
-    # The x-axis: offline updates, and from there on environment steps, whatever the updates per step.
-    assert [event.step for event in events.Scalars("eval/score")] == [0, 80, 160, 200, 210, 215]
-    assert [event.step for event in events.Scalars("charts/episodic_length")] == [205, 210, 215]
-    assert [event.value for event in events.Scalars("charts/episodic_length")] == [5, 5, 5]
-
-
-def test_standard_output(cal_ql, runs, capsys):
-    assert start(cal_ql, *TINY, "--offline-steps", "0", "--online-steps", "5") == 0
-    output = capsys.readouterr().out
-    assert "data: 10 episodes" in output and "actions fill" in output
-    assert f"run: {only(runs).relative_to(runs.parent)} on cpu" in output and "reward_bias -2.0" in output
-    assert "phase offline" in output and "phase online" in output and "score" in output
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_script_runs_alone(name, demonstrations, tmp_path):
-    """Copied into an empty folder it runs as a process; it says what it misses where a task needs more than itself."""
-    code = Path(importlib.import_module(name).__file__)
-    shutil.copy(code, tmp_path)
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, tmp_path / code.name, *TINY]
-    kwargs = dict(cwd=tmp_path, env=env, capture_output=True, text=True)
-    result = subprocess.run(command, **kwargs)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ") and "No module named 'collect'" in result.stderr
-    if name == NAMES[0]:  # with it there, the working directory's modules are found
-        os.symlink(code.parent / "collect", tmp_path / "collect")
-        result = subprocess.run([*command, "--offline-steps", "3", "--online-steps", "5"], **kwargs)
-        assert result.returncode == 0, result.stderr
-        assert len(table(only(tmp_path / "runs"))) == 3
-
-
-# ---- Stopping and going on -------------------------------------------------------------------------------------------
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    return next(Path("runs").absolute().iterdir())
 
 
 def same(a, b) -> bool:
@@ -225,775 +148,576 @@ def same(a, b) -> bool:
     return a == b or (a != a and b != b)
 
 
-def check_equal(run: Path, other: Path, but: tuple[str, ...] = ()) -> None:
+def check_equal(run: Path, other: Path, but: Sequence[str] = ()) -> None:
     """All that a run holds in the end is equal, to the bit, but for the time that it took."""
     states = [read(run), read(other)]
     for state in states:
         del state["progress"]["wall_time"]
         for row in state["progress"]["rows"]:
             del row["wall_time"]
-    for key in {"progress", "agent", "optimizer", "buffer", "rng"} - {*but}:
+    assert states[0].keys() == states[1].keys() == {"agent", "optimizer", "buffer", "rng", "args", "progress"}
+    for key in states[0].keys() - {"args", *but}:
         assert same(states[0][key], states[1][key]), key
     if "progress" not in but:
         tables = [[row | {"wall_time": ""} for row in table(path)] for path in (run, other)]
         assert tables[0] == tables[1] and tables[0]
 
 
-@pytest.mark.parametrize("call", [100, 225], ids=["offline", "online"])
-def test_killed_run_resumes(call, whole, runs, monkeypatch):
-    """SIGKILL amid the updates: what came after the last checkpoint is done again, to the bit."""
-    script, uninterrupted = whole
-
-    def killed_run():
-        def kill():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        monkeypatch.setattr(script, "update", at_call(call, script.update, kill))
-        start(script, *TINY)
-
-    assert in_child(killed_run) == signal.SIGKILL
-    run = only(runs)
-    assert read(run)["progress"]["updates"] == {100: 80, 225: 220}[call]
-    torch.manual_seed(99)  # the random state comes from the checkpoint
-    assert start(script, "--resume", str(run)) == 0
-    check_equal(run, uninterrupted)
+# ---- What a run writes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number, call, saved", [
-    (signal.SIGTERM, 70, 70), (signal.SIGINT, 203, 210), (signal.SIGTERM, 230, 230),
-])  # fmt: skip
-def test_stopped_run_resumes(number, call, saved, whole, runs, monkeypatch, capsys):
-    """Offline the run stops after the update, online after the episode's updates."""
-    script, uninterrupted = whole
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "update", at_call(call, script.update, lambda: signal.raise_signal(number)))
-        assert start(script, *TINY) == 128 + number
-    run = only(runs)
-    assert f"--resume {run.relative_to(runs.parent)} continues" in capsys.readouterr().err
-    assert read(run)["progress"]["updates"] == saved
-    assert start(script, "--resume", str(run)) == 0
-    check_equal(run, uninterrupted)
-
-
-def test_a_run_saves_every_ten_minutes_also_after_it_was_resumed(cal_ql, runs, monkeypatch):
-    """Each update takes a minute; evaluations, which save too, come at the start and at the end."""
-    now, saves, update, save = [1e6], [], cal_ql.update, cal_ql.save
-
-    def slow_update(*arguments):
-        now[0] += 60
-        return update(*arguments)
-
-    def counted_save(run, args, progress, **parts):
-        saves.append(progress.updates)
-        save(run, args, progress, **parts)
-
-    clock = types.SimpleNamespace(time=lambda: now[0], time_ns=cal_ql.time.time_ns)
-    for name, value in (("time", clock), ("update", slow_update), ("save", counted_save)):
-        monkeypatch.setattr(cal_ql, name, value)
-    flags = ["--offline-steps", "35", "--offline-eval-interval", "100", "--online-steps", "0"]
-    assert start(cal_ql, *TINY, *flags) == 0
-    assert saves == [0, 11, 22, 33, 35]
-    saves.clear()
-    now[0] += 1e5  # the time between two processes is not the run's
-    assert start(cal_ql, "--resume", str(only(runs)), "--offline-steps", "60") == 0
-    assert saves == [46, 57, 60]
-
-
-def test_a_second_signal_stops_at_once(cal_ql, runs, monkeypatch):
-    def stop():
-        signal.raise_signal(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        signal.raise_signal(signal.SIGTERM)
-
-    def run():
-        monkeypatch.setattr(cal_ql, "update", at_call(100, cal_ql.update, stop))
-        start(cal_ql, *TINY)
-
-    assert in_child(run) == signal.SIGTERM
-    assert read(only(runs))["progress"]["updates"] == 80
-
-
-@pytest.mark.parametrize("call", [3, 4], ids=["before offline.pt", "before checkpoint.pt"])
-def test_killed_while_saving_keeps_the_last_checkpoint(call, cal_ql, runs, monkeypatch):
-    """In the second save of the offline phase; each replaces two files."""
-
-    def run():
-        def kill():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        monkeypatch.setattr(cal_ql.os, "replace", at_call(call, os.replace, kill))
-        start(cal_ql, *TINY)
-
-    assert in_child(run) == signal.SIGKILL
-    (run,) = runs.iterdir()
-    assert [*run.glob("checkpoint.*.partial")] and read(run)["progress"]["updates"] == 0
-    offline = cal_ql.read_checkpoint(str(run), "offline.pt")["progress"]["updates"]
-    assert offline == (0 if call == 3 else 80)
-    assert start(cal_ql, "--resume", str(run), "--offline-steps", "10", "--online-steps", "0") == 0
-
-
-def test_evaluations_leave_no_trace_in_training(whole, runs):
-    script, uninterrupted = whole
-    intervals = ["--offline-eval-interval", "60", "--online-eval-interval", "5", "--eval-episodes", "1"]
-    assert start(script, *TINY, *intervals) == 0
-    check_equal(only(runs), uninterrupted, but=("progress",))
-
-
-@pytest.mark.parametrize("whole", NAMES[:1], indirect=True)
-def test_evaluations_in_processes_are_those_of_the_run_itself(whole, runs):
-    script, uninterrupted = whole
-    assert start(script, *TINY, "--eval-async") == 0
-    check_equal(only(runs), uninterrupted)
-
-
-@pytest.fixture
-def finished(whole, runs):
-    """The script and a copy of its finished run."""
-    return whole[0], Path(shutil.copytree(whole[1], runs / "finished"))
+@pytest.fixture(scope="module", params=NAMES)
+def whole(request, demonstrations, tmp_path_factory) -> tuple[types.ModuleType, Path]:
+    """A script and its run from beginning to end."""
+    script = importlib.import_module(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(demonstrations))
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        return script, start(script, *TINY)
 
 
 cal_ql_only = pytest.mark.parametrize("whole", NAMES[:1], indirect=True)
 
 
-@cal_ql_only
-def test_finished_run_can_be_extended(finished):
-    script, run = finished
-    before = table(run)
-    changes = "--online-steps 25 --online-eval-interval 20 --offline-eval-interval 7 --threads 1 --eval-async"
-    assert start(script, "--resume", str(run), *changes.split()) == 0
+@pytest.fixture
+def finished(whole) -> Path:
+    return Path(shutil.copytree(whole[1], Path("runs/finished").absolute()))
+
+
+@pytest.fixture
+def pretrained() -> Path:
+    """Cal-QL's run that ends after three updates, before the online phase."""
+    return start(cal_ql, *TINY, "--offline-steps", "3", "--online-steps", "0")
+
+
+def test_evaluations_and_settings(whole):
+    script, run = whole
+    assert run.name.startswith(f"pick-place__{script.__name__}__1__")
     rows = table(run)
+    assert list(rows[0]) == COLUMNS
+    steps = [(row["phase"], int(row["updates"]), int(row["env_steps"])) for row in rows]
+    assert steps[:4] == [("offline", updates, 0) for updates in (0, 50, 100, 120)]
+    assert steps[4:] == [("online", 140, 10), ("online", 150, 15)]  # online steps are the episodes' sum
+    for row in rows:
+        assert all(math.isfinite(float(row[name])) for name in ("score", "return", "mean_q", "mean_mc_return"))
+        assert 0 <= float(row["bound_rate"]) <= 1
+    seconds = [float(row["wall_time"]) for row in rows]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["env_id"], config["utd_ratio"], config["actor_layers"]) == ("pick-place", 2, [8])
+    assert (config["reward_bias"], config["reward_scale"], config["gamma"]) == (-2, 11, 0.96)  # given, and the task's
+
+
+def test_tensorboard_has_the_curves(whole):
+    script, run = whole
+    events = EventAccumulator(str(run)).Reload()
+    assert {
+        "losses/qf_loss", "losses/actor_loss", "losses/alpha", "charts/episodic_return", "charts/episodic_length",
+        "charts/SPS", "eval/score", "eval/mean_q", "eval/mean_mc_return", "eval/bound_rate",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
+    assert ("losses/cql_gap" in events.Tags()["scalars"]) == (script.__name__ != "sac_offline_data")
+    # The x-axis: offline updates, and from there on environment steps, whatever the updates per step.
+    assert [event.step for event in events.Scalars("eval/score")] == [0, 50, 100, 120, 130, 135]
+    assert [event.step for event in events.Scalars("charts/SPS")] == [100, 125, 130, 135]
+    assert [event.value for event in events.Scalars("charts/episodic_length")] == [5, 5, 5]
+    sps, seconds = (events.Scalars(name)[-1] for name in ("charts/SPS", "eval/wall_time"))
+    assert seconds.value >= 135 / sps.value > 0
+    (text,) = events.Tensors("settings/text_summary")[0].tensor_proto.string_val
+    assert "'env_id': 'pick-place'" in text.decode() and "'reward_bias': -2.0" in text.decode()
+
+
+# ---- As a program ----------------------------------------------------------------------------------------------------
+
+
+def test_a_renamed_copy_alone_is_killed_stopped_and_goes_on(tmp_path, monkeypatch):
+    """SIGKILL, then SIGTERM amid online updates, as processes; resumed, the end is that of an undisturbed run."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    env, episodes = gym.make("Pendulum-v1"), []
+    for k in range(3):
+        states = np.array([env.observation_space.sample() for _ in range(2)])
+        episodes.append(EpisodeBuffer(k, None, None, states, [env.action_space.sample()], [-1], [False], [True]))
+    minari.create_dataset_from_buffers("mine/pendulum-v0", episodes, env=env.spec)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(cal_ql.__file__, alone / "mine.py")
+    flags = """--env-id mine/pendulum-v0 --offline-steps 20 --eval-episodes 1 --episode-length 10 --batch-size 4
+    --online-eval-interval 50 --num-actions 2 --actor-layers 8 --critic-layers 8 --buffer-size 9 --device cpu""".split()
+
+    def run_until(number: int, after: float, *flags) -> tuple[int, str, str]:
+        """Exit code and outputs of a process, which gets the signal once its checkpoint has more than `after` steps."""
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        pipes = dict(cwd=alone, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process, saved = subprocess.Popen([sys.executable, "mine.py", *flags], **pipes), -1
+        while number and process.poll() is None and saved <= after:
+            time.sleep(0.05)
+            for checkpoint in alone.glob("runs/*/checkpoint.pt"):
+                saved = read(checkpoint.parent)["progress"]["env_steps"]
+        process.send_signal(number)
+        output, errors = process.communicate()
+        return process.returncode, output, errors
+
+    endless = ["--online-steps", "90000"]
+    assert run_until(signal.SIGKILL, 0, *flags, *endless)[0] == -signal.SIGKILL
+    (run,) = alone.glob("runs/mine-pendulum-v0__mine__1__*")
+    code, _, errors = run_until(signal.SIGTERM, read(run)["progress"]["env_steps"], "--resume", run, *endless)
+    assert (code, errors.strip()) == (1, STOPPED.strip())
+    steps = ["--online-steps", str(read(run)["progress"]["env_steps"] + 20)]
+    code, output, errors = run_until(0, 0, "--resume", run, *steps)
+    # What is piped has no progress bar; but for the run's own path, no line is wider than a terminal of old.
+    assert (code, errors) == (0, "") and "\r" not in output
+    lines = output.replace(str(run), "<run>").splitlines()
+    assert lines[0] == "data: 3 of 3 episodes, 0.00% of their actions' entries clipped"
+    assert lines[1:3] == ["run: <run>", "  env_id mine/pendulum-v0"] and max(map(len, lines)) <= 80
+    assert re.fullmatch(r"online +\d+  score -\d+\.\d{3}  Q -?\d+\.\d  return of the data -?\d+\.\d", lines[-2])
+    assert re.fullmatch(r"done: [\d,]+ updates, [\d,]+ environment steps, <run>/eval\.csv", lines[-1])
+    check_equal(run, start(cal_ql, *flags, *steps))
+
+
+@cal_ql_only
+@pytest.mark.parametrize("number, call", [(signal.SIGINT, 70), (signal.SIGTERM, 145)])
+def test_a_stopped_program_resumes(number, call, whole, monkeypatch, capsys):
+    step = torch.optim.Adam.step
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", at_call(call, step, lambda: signal.raise_signal(number)))
+        assert run_as_process(patch, *TINY) == STOPPED
+    (run,) = Path("runs").iterdir()
+    assert read(run)["progress"]["updates"] == {70: 50, 145: 140}[call]
+    assert run_as_process(monkeypatch, "--resume", str(run)) == 0
+    check_equal(run, whole[1])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, code, message", [
+    ("--gama 0.9", 2, "--gama"), ("--seed one", 2, "--seed"), ("--device tpu", 2, "--device"), ("--gamma", 2, "--ga"),
+    ("--seed -1", 2, "error: --seed must be at least 0, intervals 1, --gamma below 1, and a CUDA device there for c"),
+    ("--device cuda", 2, "and a CUDA device there for cuda."), ("--online-eval-interval 0", 2, "intervals 1"),
+    ("--offline-eval-interval 0", 2, "intervals 1"), ("--gamma 1", 2, "--gamma below 1"),
+    ("--env-id antmaze-large-divers", 2, "; tasks: antmaze-umaze, "), ("--resume x", 2, "error: cannot go on from x/c"),
+    ("--resume ", 2, "error: cannot go on from checkpoint.pt: FileNotFoundError"), ("--help", 0, "pick-place"),
+    ("--seed 1", 2, "error: [Errno 20] Not a directory: "),  # runs is a file
+])  # fmt: skip
+def test_a_slip_on_the_command_line_is_one_sentence(flags, code, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("runs").write_text("")
+    assert run_as_process(monkeypatch, *TINY, *flags.split(" ")) == code
+    output, errors = capsys.readouterr()
+    assert message in output + errors and "Traceback" not in errors
+    assert "error: " not in errors or errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_a_tasks_settings():
+    assert cal_ql.parse_args(["--env-id", "antmaze-large-play"])[0].critic_layers == (256, 256, 256, 256)
+    pen = cal_ql.parse_args(["--env-id", "pen-binary", "--reward-bias", "0"])[0]  # domain's, task's, given
+    assert (pen.actor_layers, pen.episode_length, pen.reward_scale, pen.reward_bias) == ((512, 512), 100, 10, 0)
+    assert cal_ql.parse_args(["--env-id", "any/other-v0"])[0].reward_scale == 1
+    assert cal_ql.parse_args(["--datasets", "mine/a-v0", "b-v1"])[0].datasets == ("mine/a-v0", "b-v1")
+
+
+# ---- Stopping and going on -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call, saved", [(75, 50), (145, 140)], ids=["offline", "online"])
+def test_killed_run_resumes(call, saved, whole, monkeypatch):
+    """SIGKILL amid the updates: what came after the last checkpoint is done again, to the bit."""
+    script, uninterrupted = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "update", at_call(call, script.update, kill))
+        run = killed(script)
+    assert read(run)["progress"]["updates"] == saved
+    torch.manual_seed(99)  # the random state comes from the checkpoint
+    start(script, "--resume", str(run))
+    check_equal(run, uninterrupted)
+
+
+def test_killed_while_saving_keeps_the_last_checkpoint(monkeypatch):
+    """In the second save, before it takes the place of the first, which was before all updates."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", at_call(2, Path.replace, kill))
+        run = killed(cal_ql)
+    (run / "checkpoint.partial").write_bytes(b"half of it, say")
+    assert read(run)["progress"]["updates"] == 0
+    start(cal_ql, "--resume", str(run), "--offline-steps", "10", "--online-steps", "0")
+    assert read(run)["progress"]["updates"] == 10 and not (run / "checkpoint.partial").exists()
+
+
+def test_a_run_saves_every_ten_minutes_also_after_it_was_resumed(monkeypatch):
+    """Each update takes a minute; evaluations, which save too, come at the start and at the end."""
+    now, saves, update, save = [1e6], [], cal_ql.update, torch.save
+
+    def slow_update(*arguments):
+        now[0] += 60
+        return update(*arguments)
+
+    def counted_save(state, path):
+        saves.append(state["progress"]["updates"])
+        save(state, path)
+
+    monkeypatch.setattr(cal_ql, "time", types.SimpleNamespace(time=lambda: now[0], time_ns=time.time_ns))
+    monkeypatch.setattr(cal_ql, "update", slow_update)
+    monkeypatch.setattr(torch, "save", counted_save)
+    run = start(cal_ql, *TINY, *"--offline-steps 25 --offline-eval-interval 100 --online-steps 0".split())
+    assert saves == [0, 10, 20, 25]
+    saves.clear()
+    now[0] += 1e5  # the time between two processes is not the run's
+    start(cal_ql, "--resume", str(run), "--offline-steps", "40")
+    assert saves == [35, 40]
+
+
+@pytest.mark.parametrize("flags, but", [
+    ("--offline-eval-interval 60 --online-eval-interval 5 --eval-episodes 1", ["progress"]), ("--no-cuda-graphs", [])
+])  # fmt: skip
+def test_neither_evaluations_nor_graphs_leave_a_trace_in_the_training(flags, but, whole):
+    check_equal(start(whole[0], *TINY, *flags.split()), whole[1], but)
+
+
+@cal_ql_only
+def test_a_finished_run_can_be_extended(finished, capsys):
+    before, resume = table(finished), ["--resume", str(finished)]
+    start(cal_ql, *resume)  # nothing is left to do, and that is said
+    done = f"done: 150 updates, 15 environment steps, {finished}/eval.csv"
+    assert capsys.readouterr().out.splitlines()[-1] == done and table(finished) == before
+    (finished / "config.json").write_text("")  # it is for readers: settings come from the checkpoint
+    state = read(finished)  # as if written on a GPU: Adam can be captured, and there are more random states
+    state["optimizer"]["param_groups"][0]["capturable"] = True
+    change(finished, optimizer=state["optimizer"], rng=[*state["rng"], state["rng"][0]], args={"device": "cuda"})
+    flags = "--device cpu --online-steps 25 --online-eval-interval 20 --critic-lr 0.01 --eval-episodes 1"
+    start(cal_ql, *resume, *flags.split())
+    rows = table(finished)
     assert rows[: len(before)] == before
     assert [int(row["env_steps"]) for row in rows[len(before) :]] == [20, 25]
-    assert json.loads((run / "config.json").read_text())["online_steps"] == 25
-    assert start(script, "--resume", str(run)) == 0 and table(run) == rows  # nothing is left to do
-    # Once online there are no more offline updates, whatever their total is said to be now.
-    assert start(script, "--resume", str(run), "--offline-steps", "900", "--online-steps", "30") == 0
-    assert read(run)["progress"]["updates"] == 230 + 2 * 15
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["online_steps"], config["utd_ratio"], config["actor_layers"]) == (25, 2, [8])
+    groups = read(finished)["optimizer"]["param_groups"]
+    assert [(group["lr"], group["capturable"]) for group in groups] == [(1e-4, False), (0.01, False)]
+    assert read(finished)["progress"]["updates"] == 150 + 2 * 10
+
+
+MEANING = {  # of stored transitions
+    "reward_scale": "--reward-scale 10", "reward_bias": "--reward-bias 0", "gamma": "--gamma 0.9",
+    "online_env": "--online-env Hopper-v5", "episode_length": "--episode-length 6", "offline_steps": "--offline-steps 9"
+}  # fmt: skip
+ALWAYS = {"env_id": "--env-id antmaze-umaze", "datasets": "--datasets cal-ql/pick-place/twin-v0"}
 
 
 @cal_ql_only
-@pytest.mark.parametrize("flags", [
-    "--gamma 0.9", "--batch-size 16", "--env-id antmaze-umaze", "--utd-ratio 1", "--seed 2", "--buffer-size 13",
-    "--critic-layers 9", "--num-actions 5", "--cql-lagrange", "--reward-bias -1", "--episode-length 6",
-    "--eval-episodes 3", "--mixing-ratio 0.25",
+@pytest.mark.parametrize("name", MEANING | ALWAYS)
+def test_what_would_change_the_meaning_of_stored_transitions_is_refused(name, finished, pretrained):
+    flags = (MEANING | ALWAYS)[name].split()
+    expected = " cannot go on with another {}: start a new run."
+    assert refusal("--resume", str(finished), *flags) == f"{finished}{expected.format(name)}"
+    if name in ALWAYS:
+        assert refusal("--resume", str(pretrained), *flags) == f"{pretrained}{expected.format(name)}"
+    else:  # none are stored yet
+        args, checkpoint = cal_ql.parse_args(["--resume", str(pretrained), *flags])
+        assert str(getattr(args, name)).removesuffix(".0") == flags[1] and checkpoint is not None
+        assert args.offline_steps == (9 if name == "offline_steps" else 3) and args.utd_ratio == 2
+
+
+@cal_ql_only
+@pytest.mark.parametrize("flags, message", [
+    ("--buffer-size 13", "the dataset or --buffer-size has changed since"), ("--critic-layers 9", "critic.weights"),
+    ("--actor-layers 8 8", "actor.net"), ("--num-critics 3", "critic.weights"), ("", "the dataset or --buffer-s"),
 ])  # fmt: skip
-def test_resume_refuses_other_settings(flags, finished, capsys):
-    script, run = finished
-    assert start(script, "--resume", str(run), *flags.split()) == 2
-    name = flags.split()[0].removeprefix("--").replace("-", "_")
-    assert error_line(capsys).startswith(f"error: a resumed run cannot change {name}:")
+def test_what_does_not_fit_the_checkpoint_is_refused(flags, message, finished, demonstrations, monkeypatch):
+    """The last has no flag, but one episode less in its dataset."""
+    if not flags:
+        shutil.copytree(demonstrations, "minari")
+        path = Path("minari/cal-ql/pick-place/narrow-v0/data/metadata.json")
+        path.write_text(path.read_text().replace('"total_episodes": 10', '"total_episodes": 9'))
+        monkeypatch.setenv("MINARI_DATASETS_PATH", "minari")
+    line = refusal("--resume", str(finished), *flags.split())
+    assert line.startswith(f"cannot go on from {finished} with these settings: ") and message in line
+
+
+def test_two_fine_tunings_of_one_pre_training_by_a_sibling(pretrained):
+    """A copy of Cal-QL's run goes on with CQL; networks and moments are the pre-training's, a new seed draws anew."""
+    cql = importlib.import_module("cql_continuous")
+    runs = [Path(shutil.copytree(pretrained, f"runs/{k}")) for k in range(4)]
+    for run, seed, script in zip(runs, (1, 2, 2, 2), (cal_ql, cal_ql, cql, cql), strict=True):
+        flags = "--offline-steps 5 --online-steps 5 --mixing-ratio 0 --reward-bias 1"
+        start(script, "--resume", str(run), "--seed", str(seed), *flags.split())
+        assert [row["updates"] for row in table(run)] == ["0", "3", "5", "15"]
+        assert {int(state["step"]) for state in read(run)["optimizer"]["state"].values()} <= {7, 15}
+        assert read(run)["args"]["reward_bias"] == 1 and read(run)["args"]["actor_layers"] == (8,)
+    agents = [read(run)["agent"] for run in runs]
+    assert not same(agents[0], agents[1]) and not same(agents[1], agents[2]) and same(agents[2], agents[3])
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="Args(**the checkpoint's settings) is outside of the try")
+def test_a_checkpoint_of_a_sibling_with_other_settings_is_one_sentence(pretrained):
+    sac = importlib.import_module("sac_offline_data")
+    with pytest.raises(sac.InputError, match=f"^cannot go on from {pretrained}/checkpoint.pt: [^\n]*cql_weight"):
+        sac.parse_args(["--resume", str(pretrained)])
+
+
+def test_a_checkpoint_without_a_new_setting_resumes(pretrained):
+    state = read(pretrained)
+    del state["args"]["cuda_graphs"], state["args"]["datasets"]
+    torch.save(state, pretrained / "checkpoint.pt")
+    start(cal_ql, "--resume", str(pretrained), "--offline-steps", "4")
+    assert read(pretrained)["args"]["datasets"] == () and read(pretrained)["progress"]["updates"] == 4
 
 
 class Code:
-    """Pickled, it makes a file when it is loaded."""
-
-    def __reduce__(self):
+    def __reduce__(self):  # pickled, it makes a file when it is loaded
         return open, ("pwned", "w")
-
-
-def sign(path: Path, content: bytes) -> None:
-    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode())
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def save_as(path: Path, change) -> None:
-    """A checkpoint that is whole, and that another program could have written."""
-    torch.save(read(path.parent) | change, path)
-    sign(path, path.read_bytes())
 
 
 DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:3000]),
     "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "one bit flipped": flip,
     "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("hello"),
-    "missing": lambda path: path.unlink(),
-    "a directory": lambda path: (path.unlink(), path.mkdir()),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "another script's": lambda path: save_as(path, {"script": "cal_ql_pixels.py"}),
     "code": lambda path: path.write_bytes(pickle.dumps(Code())),
-    # Whole, but of another version.
-    "a setting more": lambda path: save_as(path, {"args": read(path.parent)["args"] | {"new": 1}}),
-    "no settings": lambda path: save_as(path, {"args": {}}),
-    "no networks": lambda path: save_as(path, {"agent": {}}),
-    "no progress": lambda path: save_as(path, {"progress": {}}),
-    "no evaluations": lambda path: save_as(path, {"progress": read(path.parent)["progress"] | {"rows": []}}),
-    "no moments": lambda path: save_as(path, {"optimizer": {"state": {}}}),
-    "no random state": lambda path: save_as(path, {"rng": []}),
-    "no replay": lambda path: save_as(path, {"buffer": {}}),
-    "another dataset's replay": lambda path: save_as(
-        path, {"buffer": read(path.parent)["buffer"] | {"num_offline": 1}}
-    ),
+    "code in a zip file": lambda path: torch.save({"args": Code()}, path),
 }
 
 
 @cal_ql_only
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_bad_checkpoint_is_refused_and_kept(damage, finished, capsys):
-    script, run = finished
-    path = run / "checkpoint.pt"
+def test_bad_checkpoint_is_refused_and_kept(damage, finished, monkeypatch, capsys):
+    """Before the data are looked at."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "nowhere")
+    path = finished / "checkpoint.pt"
     damage(path)
-    before = path.read_bytes() if path.is_file() else path.exists()
-    others = {each: each.read_bytes() for each in run.iterdir() if each != path}
-    assert start(script, "--resume", str(run)) == 2
-    line = error_line(capsys)
-    assert line.startswith("error: ") and ("finished" in line or "cannot go on from there" in line)
-    assert ("cal_ql_pixels.py" in line) == (damage is DAMAGES["another script's"])
-    assert before == (path.read_bytes() if path.is_file() else path.exists())
-    assert others == {each: each.read_bytes() for each in run.iterdir() if each != path}
+    before = {each: each.read_bytes() for each in finished.iterdir()}
+    assert run_as_process(monkeypatch, "--resume", str(finished)) == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith(f"error: cannot go on from {path}: ") and errors.count("\n") == 1 and not output
+    assert before == {each: each.read_bytes() for each in finished.iterdir()} and not Path("pwned").exists()
 
 
 @cal_ql_only
-def test_a_signed_checkpoint_runs_no_code_either(finished):
-    """Whoever makes a checkpoint can make its digest too; only tensors and plain values are read."""
-    script, run = finished
-    path = run / "checkpoint.pt"
-    torch.save({"script": "cal_ql_continuous.py", "args": Code()}, path)
-    sign(path, path.read_bytes())
-    with pytest.raises(Exception, match="(?i)weights"):
-        script.read_checkpoint(str(run))
-    assert not Path("pwned").exists()
+def test_a_flipped_bit_is_found_wherever_it_matters(finished):
+    """All over the file: it is refused, or what is read is what was written."""
+    path, sound = finished / "checkpoint.pt", read(finished)
+    content, refused = path.read_bytes(), 0
+    places = np.random.default_rng(0).integers(0, 8 * len(content), 80).tolist()
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert same(cal_ql.parse_args(["--resume", str(finished)])[1], sound)
+        except cal_ql.InputError as error:
+            refused += str(error).startswith(f"cannot go on from {path}: ")
+    assert refused > 20
 
 
-@pytest.mark.parametrize("folder", ["", "runs/nowhere", "."])
-def test_missing_run_is_refused(folder, cal_ql, runs, capsys):
-    assert start(cal_ql, "--resume", folder) == 2
-    assert "missing" in error_line(capsys)
-    assert not runs.exists()
+def test_a_strangers_run_chooses_no_code(pretrained, monkeypatch, capsys):
+    evil = Path("runs/evil/payload.py")
+    pretrained = pretrained.rename(evil.parent.absolute())
+    evil.write_text("open('pwned', 'w')")
+    change(pretrained, args={"online_env": "runs.evil.payload:X-v0"})
+    assert run_as_process(monkeypatch, "--resume", str(pretrained), "--online-steps", "5") == 2
+    message = "was made with --online-env runs.evil.payload:X-v0: repeat that to go on.\n"
+    assert capsys.readouterr().err == f"error: {pretrained} {message}" and not Path("pwned").exists()
 
 
-@cal_ql_only
-def test_checkpoint_of_another_device_is_continued(finished):
-    """Written on a GPU it says that Adam can be captured, and holds more random states than there are devices here."""
-    script, run = finished
-    state = read(run)
-    for group in state["optimizer"]["param_groups"]:
-        group["capturable"] = True
-    save_as(run / "checkpoint.pt", {"optimizer": state["optimizer"], "rng": [*state["rng"], state["rng"][0]]})
-    assert start(script, "--resume", str(run), "--online-steps", "20") == 0
-    assert [group["capturable"] for group in read(run)["optimizer"]["param_groups"]] == [False, False]
-
-
-@cal_ql_only
-def test_resume_refuses_a_changed_dataset(finished, demonstrations, tmp_path, monkeypatch, capsys):
-    script, run = finished
-    shutil.copytree(demonstrations, tmp_path / "minari")
-    path = tmp_path / "minari/cal-ql/pick-place/narrow-v0/data/metadata.json"
-    path.write_text(path.read_text().replace('"total_episodes": 10', '"total_episodes": 9'))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    assert start(script, "--resume", str(run)) == 2
-    assert error_line(capsys).startswith("error: ")
-
-
-def test_weights_that_are_not_finite_end_the_run(script, runs, monkeypatch, capsys):
-    update, calls = script.update, itertools.count(1)
-
-    def broken(agent, *rest):
-        if next(calls) == 100:
-            agent.log_alpha.data.fill_(math.nan)
-        return update(agent, *rest)
-
-    monkeypatch.setattr(script, "update", broken)
-    assert start(script, *TINY) == 1
-    line = error_line(capsys)
-    assert "is not finite after 160 updates" in line and str(only(runs).relative_to(runs.parent)) in line
-    assert read(only(runs))["progress"]["updates"] == 80
-    assert len(table(only(runs))) == 2
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_by_its_name(script, runs, monkeypatch, capsys):
-    update = script.update
-    monkeypatch.setattr(script, "update", lambda *rest: update(*rest) | {"losses/qf_loss": torch.tensor(math.inf)})
-    assert start(script, *TINY, "--utd-ratio", "1") == 1
-    assert "losses/qf_loss is not finite after 100 updates" in error_line(capsys)
-    assert read(only(runs))["progress"]["updates"] == 80
-
-
-@cal_ql_only
-@pytest.mark.parametrize("share", [0.1, 0.9, 0.9999])
-def test_a_full_disk_keeps_the_last_checkpoint(share, finished, capsys):
-    """No file may grow beyond a limit, which stands for the end of a disk; the last one cuts off the digest alone."""
-    script, run = finished
-    before = (run / "checkpoint.pt").read_bytes()
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * len(before)), hard))
+def test_resumed_in_its_own_folder_and_tracked(pretrained, tmp_path, monkeypatch):
+    for name, value in (("MODE", "offline"), ("DIR", str(tmp_path)), ("SILENT", "true")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.chdir(pretrained)
     try:
-        assert start(script, "--resume", str(run), "--online-steps", "20") == 2
+        cal_ql.train(*cal_ql.parse_args("--resume . --track --offline-steps 4".split()))
+        assert wandb.run.name == wandb.run.id == pretrained.name and wandb.run.config["env_id"] == "pick-place"
+        assert list(tmp_path.glob("wandb/offline-run-*")) and read(pretrained)["progress"]["updates"] == 4
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert "File too large" in error_line(capsys)
-    assert (run / "checkpoint.pt").read_bytes() == before
-    assert start(script, "--resume", str(run), "--online-steps", "20") == 0
+        wandb.finish()
+        wandb.tensorboard.unpatch()
 
 
-def test_a_killed_process_of_the_evaluation(cal_ql, runs, monkeypatch, capsys):
-    def kill():
-        multiprocessing.active_children()[0].kill()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cal_ql, "update", at_call(100, cal_ql.update, kill))
-        assert start(cal_ql, *TINY, "--eval-async") == 2
-    assert "--eval-async was killed" in error_line(capsys)
-    assert read(only(runs))["progress"]["updates"] == 80
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_ctrl_c_amid_the_imports_says_nothing(name, tmp_path):
-    code = Path(importlib.import_module(name).__file__)
-    shutil.copy(code, tmp_path)
-    (tmp_path / "gymnasium.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    result = subprocess.run([sys.executable, tmp_path / code.name], capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
-
-
-def test_two_processes_may_continue_one_run(cal_ql, runs):
-    """Each writes a file of its own before it replaces the checkpoint."""
-    assert start(cal_ql, *TINY, "--offline-steps", "3", "--online-steps", "0") == 0
-    run = only(runs)
-    (run / "checkpoint.1.partial").write_text("another process's")
-    assert start(cal_ql, "--resume", str(run), "--offline-steps", "5") == 0
-    assert (run / "checkpoint.1.partial").read_text() == "another process's" and read(run)["progress"]["updates"] == 5
-
-
-def test_a_file_in_the_place_of_runs(cal_ql, runs, capsys):
-    runs.write_text("")
-    assert start(cal_ql, *TINY) == 2
-    assert "runs" in error_line(capsys)
+def test_weights_that_are_not_finite_end_the_run():
+    with pytest.raises(cal_ql.InputError) as error:
+        start(cal_ql, *TINY, "--critic-lr", "inf")
+    (run,) = Path("runs").absolute().iterdir()
+    assert str(error.value) == f"weights are not finite after 50 updates; {run} keeps its checkpoint."
+    assert read(run)["progress"]["updates"] == 0 and len(table(run)) == 1
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_run_moves_from_cpu_to_gpu(script, runs, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "update", at_call(70, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
-        assert start(script, *TINY) == 143
-    run = only(runs)
-    assert start(script, "--resume", str(run), "--device", "cuda") == 0
-    assert int(table(run)[-1]["env_steps"]) == 15 and read(run)["progress"]["updates"] == 230
-    assert start(script, "--resume", str(run), "--device", "cpu", "--online-steps", "20") == 0
+def test_a_run_moves_from_cpu_to_gpu(script, monkeypatch):
+    run = start(script, *TINY, "--offline-steps", "10", "--online-steps", "5")
+    start(script, "--resume", str(run), "--device", "cuda", "--online-steps", "15")
+    assert read(run)["progress"]["updates"] == 40 and table(run)[-1]["env_steps"] == "15"
+    update = script.update  # in which `.item()` is allowed now
+    monkeypatch.setattr(script, "update", lambda *rest: {k: torch.tensor(v.item()) for k, v in update(*rest).items()})
+    start(script, "--resume", str(run), "--no-cuda-graphs", "--online-steps", "20")
+    start(script, "--resume", str(run), "--device", "cpu", "--online-steps", "25")
 
 
-# ---- From the offline phase of another run ---------------------------------------------------------------------------
+# ---- The protocol ----------------------------------------------------------------------------------------------------
 
 
-def test_offline_phase_is_kept(whole):
-    """What --init-from starts from is the checkpoint at the switch, whole and with its rows."""
-    script, run = whole
-    kept = script.read_checkpoint(str(run), "offline.pt")
-    assert (kept["progress"]["updates"], kept["progress"]["env_steps"]) == (200, 0)
-    assert [row["updates"] for row in kept["progress"]["rows"]] == [0, 80, 160, 200]
-    assert not same(kept["agent"], read(run)["agent"])
-
-
-def test_online_phase_from_what_is_kept_is_that_of_the_run(whole, runs):
-    script, run = whole
-    copied = Path(shutil.copytree(run, runs / "copied"))
-    (copied / "offline.pt").replace(copied / "checkpoint.pt")
-    assert start(script, "--resume", str(copied)) == 0
-    check_equal(copied, run)
-
-
-def test_two_fine_tunings_of_one_pre_training(whole, runs, monkeypatch):
-    """Networks and Adam's moments are the pre-training's, learning rates, draws and all other settings their own."""
-    script, source = whole
-    kept, found = script.read_checkpoint(str(source), "offline.pt"), []
-    play = script.play_episode
-
-    def play_episode(env, agent, seed, device):
-        found.append(copy.deepcopy(agent.state_dict()))
-        return play(env, agent, seed, device)
-
-    monkeypatch.setattr(script, "play_episode", play_episode)
-    flags = "--critic-lr 0.01 --mixing-ratio 0 --gamma 0.5 --online-steps 10 --buffer-size 30".split()
-    for seed in ("1", "2", "2"):
-        assert start(script, "--init-from", str(source), "--seed", seed, *flags) == 0
-    one, two, again = sorted(runs.iterdir(), key=lambda run: run.stat().st_mtime)
-    assert same(found[0], kept["agent"]) and same(found[2], kept["agent"])
-    assert not same(read(one)["agent"], read(two)["agent"]) and same(read(two)["agent"], read(again)["agent"])
-    assert [row["updates"] for row in table(one)] == ["200", "220"]
-    for run, seed in ((one, 1), (two, 2)):
-        args = read(run)["args"]
-        assert (args["seed"], args["gamma"], args["actor_layers"], args["init_from"]) == (seed, 0.5, (8,), str(source))
-        assert [group["lr"] for group in read(run)["optimizer"]["param_groups"]][1] == 0.01
-        assert read(run)["progress"]["offline_updates"] == 200
-        assert max(int(state["step"]) for state in read(run)["optimizer"]["state"].values()) == 220
-    assert same(script.read_checkpoint(str(one), "offline.pt")["agent"], kept["agent"])
-
-
-def test_fine_tuning_resumes_without_its_source(whole, runs, monkeypatch):
-    script, source = whole
-    source = Path(shutil.copytree(source, runs / "source"))
-    flags = ["--init-from", str(source), "--seed", "5"]
-    assert start(script, *flags) == 0
-    (uninterrupted,) = {*runs.iterdir()} - {source}
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "update", at_call(3, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
-        assert start(script, *flags) == 143
-    (run,) = {*runs.iterdir()} - {source, uninterrupted}
-    shutil.rmtree(source)
-    assert start(script, "--resume", str(run)) == 0
-    check_equal(run, uninterrupted)
-
-
-@cal_ql_only
-def test_an_offline_phase_that_was_interrupted_is_completed(whole, runs, monkeypatch):
-    script, whole_run = whole
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "update", at_call(70, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
-        assert start(script, *TINY) == 143
-    source = only(runs)
-    assert start(script, "--init-from", str(source), "--online-steps", "0") == 0
-    (run,) = {*runs.iterdir()} - {source}
-    assert [row["updates"] for row in table(run)] == ["70", "80", "160", "200"]
-    # Killed while this was written, a run has its former checkpoint, and writes it anew.
-    (run / "offline.pt").write_bytes((run / "offline.pt").read_bytes()[:-1])
-    assert start(script, "--init-from", str(run)) == 2
-
-
-@cal_ql_only
-@pytest.mark.parametrize("flags, message", [
-    ("--critic-layers 9", "critic.weights.0"), ("--actor-layers 8 8", "actor.net"),
-    ("--num-critics 3", "critic.weights"), ("--reference-value learned", "v_mu"),
+@pytest.mark.parametrize("flags, updates, online", [
+    ("--actor-interval 1 --num-critics 4 --num-target-critics 2 --critic-layer-norm --actor-reduce mean", 7, 20),
+    ("--offline-steps 0 --mixing-ratio -1 --actor-interval 3", 0, 20), ("--online-steps 0", 7, 0),
+    ("--mixing-ratio 0 --warmup-steps 1000", 7, 0), ("--warmup-steps 6", 7, 10), ("--warmup-steps 5", 7, 20),
 ])  # fmt: skip
-def test_networks_of_other_shapes_are_refused(flags, message, finished, capsys):
-    script, run = finished
-    assert start(script, "--init-from", str(run), *flags.split()) == 2
-    line = error_line(capsys)
-    assert "cannot go on from there" in line and message in line
-    assert [*run.parent.iterdir()] == [run]
-
-
-@cal_ql_only
-def test_init_from_what_is_no_run(finished, runs, capsys):
-    script, run = finished
-    for folder in ("", "runs/nowhere"):
-        assert start(script, "--init-from", folder) == 2
-        assert "its offline.pt: ValueError('missing or damaged')" in error_line(capsys)
-    assert start(importlib.import_module("cql_continuous"), "--init-from", str(run)) == 2
-    assert "cal_ql_continuous.py" in error_line(capsys)
-    assert start(script, "--resume", str(run), "--init-from", str(run)) == 2
-    assert "cannot change init_from" in error_line(capsys)
-
-
-@cal_ql_only
-def test_learned_reference_value_goes_with_the_run(whole, runs, monkeypatch):
-    """Fitted once: a run that is resumed, or starts from this one, has it from there, to the bit."""
-    script, fits = whole[0], []
-
-    class Recorded(tqdm):
-        def __init__(self, *args, **kwargs):
-            fits.extend(args[1:])
-            super().__init__(*args, **kwargs)
-
-    monkeypatch.setattr(script, "tqdm", Recorded)
-    assert start(script, *TINY, "--reference-value", "learned") == 0
-    uninterrupted = only(runs)
-    kept = read(uninterrupted)["agent"]
-    assert fits == ["V^mu"]
-    shutil.copytree(uninterrupted, runs / "copied")
-    shutil.copy(uninterrupted / "offline.pt", runs / "copied/checkpoint.pt")
-    torch.manual_seed(99)
-    assert start(script, "--resume", str(runs / "copied")) == 0
-    check_equal(runs / "copied", uninterrupted)
-    assert start(script, "--init-from", str(uninterrupted), "--seed", "2") == 0
-    (run,) = {*runs.iterdir()} - {uninterrupted, runs / "copied"}
-    assert fits == ["V^mu"]
-    names = [name for name in kept if name.startswith("v_mu.")]
-    assert len(names) == 4 and all(torch.equal(read(run)["agent"][name], kept[name]) for name in names)
-
-
-def test_warm_up_and_no_offline_data(whole, runs, monkeypatch):
-    """Whole episodes of the frozen policy first, then updates from online transitions alone: WSRL's protocol."""
-    script, source = whole
-    update, add, learned, offline = script.update, script.ReplayBuffer.add, [], []
+def test_updates_of_each_phase(flags, updates, online, script, monkeypatch):
+    """As many as the phase asks for, the actor's turn at every `actor_interval`-th; two episodes of 5 steps online."""
+    update, calls = script.update, []
 
     def recorded(agent, optimizer, args, online, with_actor, batch):
-        learned.append((played[0], batch.observations))
+        calls.append((online, with_actor, len(batch.rewards)))
         return update(agent, optimizer, args, online, with_actor, batch)
 
-    def add_episode(self, episode):
-        played[0] += 1
-        add(self, episode)
-        online = self.columns.observations[self.num_offline :][: self.num_online]
-        offline.append([rows for _, rows in learned if not (rows[:, None] == online).all(2).any(1).all()])
-
-    played = [0]
     monkeypatch.setattr(script, "update", recorded)
-    monkeypatch.setattr(script.ReplayBuffer, "add", add_episode)
-    flags = "--mixing-ratio 0 --warmup-steps 10 --online-steps 20 --buffer-size 20 --online-eval-interval 5".split()
-    assert start(script, "--init-from", str(source), *flags) == 0
+    run = start(script, *TINY, "--offline-steps", "7", "--online-steps", "10", *flags.split())
+    interval = read(run)["args"]["actor_interval"]
+    assert calls == [(k > updates, k % interval == 0, 8) for k in range(1, updates + online + 1)]
+    assert all(value.isfinite().all() for value in read(run)["agent"].values())
+
+
+def test_warm_up_and_no_offline_data(monkeypatch):
+    """Whole episodes of the frozen policy first, then updates from online transitions alone: WSRL's protocol."""
+    update, learned = cal_ql.update, []
+    monkeypatch.setattr(cal_ql, "update", lambda *rest: (learned.append(rest[-1].observations), update(*rest))[1])
+    flags = "--mixing-ratio 0 --warmup-steps 10 --online-steps 20 --buffer-size 20 --online-eval-interval 5"
+    run = start(cal_ql, *TINY, "--offline-steps", "0", *flags.split())
     # Episodes of 5 steps and two updates a step: none after the first, as 5 steps are less than 10.
-    assert [episode for episode, _ in learned] == [2] * 10 + [3] * 10 + [4] * 10
-    assert not any(offline)
-    rows = table(only(runs))[1:]
-    assert [(row["env_steps"], row["updates"]) for row in rows] == [
-        ("5", "200"), ("10", "210"), ("15", "220"), ("20", "230")
-    ]  # fmt: skip
-    events = EventAccumulator(str(only(runs))).Reload()
-    assert [event.step for event in events.Scalars("eval/score")] == [200, 205, 210, 215, 220]
+    rows = [(int(row["env_steps"]), int(row["updates"])) for row in table(run)]
+    assert rows == [(0, 0), (5, 0), (10, 10), (15, 20), (20, 30)]
+    online = read(run)["buffer"]["online"][0]
+    for k, states in enumerate(learned):
+        assert (states[:, None] == online[: 10 + 5 * (k // 10)]).all(2).any(1).all()
 
 
-@pytest.mark.parametrize("ratio", ["0", "-1"])
-def test_offline_updates_with_no_share_for_offline_data(ratio, cal_ql, runs):
-    """Before there are online transitions all are offline ones, whatever the share."""
-    assert start(cal_ql, *TINY, "--mixing-ratio", ratio, "--warmup-steps", "1000", "--offline-steps", "10") == 0
-    assert read(only(runs))["progress"]["updates"] == 10 and table(only(runs))[-1]["env_steps"] == "15"
+def test_online_episodes(monkeypatch):
+    """Each has a seed of its own; the policy does not learn meanwhile; what it plays is what the replay gets."""
+    played, added, play, add = [], [], cal_ql.play_episode, cal_ql.ReplayBuffer.add
+
+    def play_episode(env, agent, seed, explore, device):
+        before = [parameter.clone() for parameter in agent.parameters()]
+        episode, score = play(env, agent, seed, explore, device)
+        assert all(map(torch.equal, before, agent.parameters()))
+        if explore:
+            played.append((seed, episode, env))
+        return episode, score
+
+    monkeypatch.setattr(cal_ql, "play_episode", play_episode)
+    monkeypatch.setattr(cal_ql.ReplayBuffer, "add", lambda self, batch: (added.append(batch), add(self, batch)))
+    start(cal_ql, *TINY, "--offline-steps", "3")
+    assert len({seed for seed, _, _ in played}) == 3 == len(added)
+    for (seed, episode, env), batch in zip(played, added, strict=True):
+        assert np.abs(episode.actions).max() < 1 and not episode.terminations.any()  # cut off by time
+        assert np.array_equal(env.reset(seed=seed)[0], episode.observations[0])
+        for action, state, reward in zip(episode.actions, episode.observations[1:], episode.rewards, strict=True):
+            values = env.step(action)
+            assert np.array_equal(values[0], state) and values[1] == reward
+        states = [*batch.observations, batch.next_observations[-1]]
+        assert np.array_equal(states, episode.observations) and np.array_equal(states[1:], batch.next_observations)
+        assert batch.rewards.tolist() == [-2.0] * 5  # 11 * 0 - 2, and so on for ever: -2 / (1 - 0.96)
+        np.testing.assert_allclose(batch.mc_returns, [-50.0] * 5, rtol=1e-6)
+    assert not np.array_equal(played[0][1].actions, played[1][1].actions)
+
+
+def test_random_actions_of_sac_come_first_and_are_counted_over_a_resume(monkeypatch):
+    script = importlib.import_module("sac_offline_data")
+    flags = [*TINY, "--offline-steps", "0", "--random-steps", "12", "--online-eval-interval", "5"]
+    uninterrupted = start(script, *flags)
+    run = start(script, *flags, "--online-steps", "5")
+    start(script, "--resume", str(run), "--online-steps", "15")
+    check_equal(run, uninterrupted)
+
+    agent = script.Agent(3, 400, script.Args(random_steps=2, actor_layers=(4,), critic_layers=(4,)))
+    states = torch.zeros(1, 3)
+    agent.actor.log_std_offset.data.fill_(-5.0)
+    with torch.no_grad():
+        agent.act(states, explore=False)  # of an evaluation, which does not count
+        spreads = [agent.act(states, explore=True).abs().max().item() for _ in range(4)]
+    assert min(spreads[:2]) > 0.97 and max(spreads[2:]) < 0.3 and agent.acted_steps == 4
 
 
 # ---- Data without an environment, and an environment of the user's ---------------------------------------------------
 
-POINT = """
-import gymnasium
-import numpy
-
-
-class Point(gymnasium.Env):
-    observation_space = gymnasium.spaces.Dict({
-        "position": gymnasium.spaces.Box(-9, 9, (2,)), "goal": gymnasium.spaces.Box(-9, 9, (1,))})
-    action_space = gymnasium.spaces.Box(-0.5, 0.5, (2,))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.position, self.goal = numpy.zeros(2, numpy.float32), self.np_random.uniform(-2, 2, 1).astype("f")
-        return self.observe(), {}
-
-    def observe(self):
-        return {"position": self.position.copy(), "goal": self.goal}
-
-    def step(self, action):
-        assert abs(action).max() <= 0.5
-        self.position += action
-        done = bool(abs(self.position[0] - self.goal[0]) < 0.3)
-        return self.observe(), 2.0 * done, done, False, {"success": done}
-
-
-def make():
-    return gymnasium.wrappers.TimeLimit(Point(), 6)
-
-
-def endless():
-    return Point()
-
-
-def other():
-    return gymnasium.make("Pendulum-v1")
-"""
-WITHOUT = """--env-id mine/point-v0 --offline-steps 20 --offline-eval-interval 10 --actor-layers 8 --critic-layers 8
---batch-size 8 --buffer-size 100 --device cpu --reward-scale 3 --reward-bias -1""".split()
-
 
 @pytest.fixture
-def point(tmp_path, monkeypatch):
-    """A module `robot`, and 21 episodes of it as a dataset that names no environment; gives the episodes."""
+def robot(tmp_path, monkeypatch):
+    """The module of docs/no_environment.md, whose data are collected, and the flags of the page's two runs."""
+    page = (ROOT / "docs/no_environment.md").read_text()
+    Path("robot.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "robot", raising=False)
-    (tmp_path / "robot.py").write_text(POINT)
-    env, buffers = importlib.import_module("robot").make(), []
-    env.action_space.seed(0)
-    for k in range(21):
-        states, steps, over = [env.reset(seed=k)[0]], [], False
-        while not over:
-            action = env.action_space.sample()
-            state, *rest, _ = env.step(action)
-            states.append(state), steps.append((action, *rest))
-            over = rest[1] or rest[2]
-        actions, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
-        observations = {key: np.array([state[key] for state in states]) for key in states[0]}
-        buffers.append(EpisodeBuffer(k, None, None, observations, actions, rewards, terminations, truncations))
-    spaces = dict(action_space=env.action_space, observation_space=env.observation_space)
-    minari.create_dataset_from_buffers("mine/point-v0", buffers, **spaces)
-    return buffers
+    module = importlib.import_module("robot")
+    module.record()
+    commands = re.findall(r"^python cal_ql_continuous.py (.*)$", page.replace("\\\n", ""), re.MULTILINE)
+    module.first, module.second = (command.split() for command in commands)
+    module.first += "--offline-steps 4 --offline-eval-interval 2 --buffer-size 99".split()
+    module.second += "--online-steps 90 --online-eval-interval 50 --eval-episodes 2 --device cpu".split()
+    return module
 
 
-def test_data_without_an_environment(script, point, runs, monkeypatch):
-    """Every tenth episode is not trained on; evaluations are about these, and have no score."""
-    buffers, evaluate = [], script.evaluate
-
-    def record(envs, agent, buffer, progress, args):
-        row = evaluate(envs, agent, buffer, progress, args)
-        torch.manual_seed(args.seed)
-        batch = buffer.sample(4 * args.batch_size)
-        with torch.no_grad():
-            error = np.abs(torch.tanh(agent.actor(batch.observations)[0]).numpy() - batch.actions.numpy()).mean()
-        assert envs is None and row["action_error"] == pytest.approx(error, rel=1e-5)
-        buffers.append(buffer)
-        return row
-
-    monkeypatch.setattr(script, "evaluate", record)
-    assert start(script, *WITHOUT, "--offline-steps", "20", "--online-steps", "0") == 0
-    rows = table(only(runs))
-    assert [row["updates"] for row in rows] == ["0", "10", "20"]
-    for row in rows:
-        assert [name for name in row if row[name] == "nan"] == ["score", "return", "regret"]
-    held_out = [episode for k, episode in enumerate(point) if k % 10 == 1]
-    expected = np.concatenate([episode.actions for episode in held_out]) / 0.5
-    kept = buffers[0].columns.actions[: buffers[0].num_offline]
-    np.testing.assert_allclose(kept, expected.clip(-0.99999, 0.99999), atol=1e-6)
-    total = sum(len(episode.rewards) for episode in point)
-    assert read(only(runs))["buffer"]["num_offline"] == total - len(expected)
-
-
-def test_what_has_no_environment_cannot_be_played(script, point, runs, capsys):
-    assert start(script, *WITHOUT, "--online-steps", "10") == 2
-    line = error_line(capsys)
-    assert "--online-env" in line and "--online-steps 0" in line and not runs.exists()
-
-
-def test_one_episode_without_an_environment(cal_ql, point, runs, tmp_path, capsys):
-    spaces = minari.load_dataset("mine/point-v0")
-    spaces = dict(action_space=spaces.action_space, observation_space=spaces.observation_space)
-    minari.create_dataset_from_buffers("mine/single-v0", point[:1], **spaces)
-    assert start(cal_ql, *WITHOUT, "--online-steps", "0", "--env-id", "mine/single-v0") == 2
-    assert error_line(capsys)
-
-
-def test_the_users_environment(script, point, runs, capsys):
-    """Played and scored in; a run that was pre-trained without one goes on with it."""
-    assert start(script, *WITHOUT, "--offline-steps", "20", "--online-steps", "0") == 0
-    source = only(runs)
-    flags = ["--init-from", str(source), "--online-env", "robot:make", "--online-steps", "30", "--eval-episodes", "2"]
-    assert start(script, *flags) == 0
-    (run,) = {*runs.iterdir()} - {source}
+def test_the_robot_of_the_documentation(robot):
+    """Trained on without an environment, then played in; a checkpoint, which may be a stranger's, chooses no code."""
+    run = start(cal_ql, *robot.first, "--device", "cpu")
+    rows = table(run)
+    assert [row["updates"] for row in rows] == ["0", "2", "4"]
+    assert all([name for name in row if row[name] == "nan"] == ["score", "return"] for row in rows)
+    without = [flag for flag in robot.first if flag not in ("--eval-episodes", "--online-steps", "0")]
+    assert refusal(*without) == (
+        "cannot make the environment mine/reach-v0: ValueError('the data name none that is registered and has no "
+        "wrappers: use --online-env')."
+    )
+    second = [str(run) if flag == "runs/<run>" else flag for flag in robot.second]
+    start(cal_ql, *second)
     last = table(run)[-1]
-    assert last["phase"] == "online" and 30 <= int(last["env_steps"]) < 36 and 0 <= float(last["score"]) <= 1
-    online = read(run)["buffer"]["online"]
-    assert {*online[2].tolist()} <= {-1.0, 5.0}
-    # Its time limit counts unless another is given.
-    assert start(script, *flags, "--episode-length", "3") == 0
-    # A checkpoint, which may be a stranger's, says nothing about which code runs.
-    capsys.readouterr()
-    assert start(script, "--resume", str(run), "--online-steps", "40") == 2
-    assert "repeat" in error_line(capsys)
-    assert start(script, "--resume", str(run), "--online-steps", "40", "--online-env", "robot:other") == 2
-    assert error_line(capsys)
-    assert start(script, "--resume", str(run), "--online-steps", "40", "--online-env", "robot:make") == 0
+    assert last["phase"] == "online" and 90 <= int(last["env_steps"]) < 130 and 0 <= float(last["score"]) <= 1
+    assert {*read(run)["buffer"]["online"][2].tolist()} <= {-1.0, 9.0}
+    message = f"{run} was made with --online-env robot:Reach-v0: repeat that to go on."
+    assert refusal("--resume", str(run), "--online-steps", "99") == message
 
 
 @pytest.mark.parametrize("name, message", [
-    ("robot:other", "(3, (1,)) are not the data's (3, (2,))"), ("robot:endless", "--episode-length"),
-    ("robot:nothing", "nothing"), ("nowhere:make", "nowhere"), ("nowhere", "nowhere"), ("robot", "make"),
-    ("", "module"), ("a:b:c", "a:b:c"),
+    ("Pendulum-v1", "or other actions than the data"), ("robot:Endless-v0", "no time limit (--episode-length)"),
+    ("robot:Missing-v0", "Missing"), ("nowhere:Reach-v0", "No module named 'nowhere'"), ("", "Malformed"),
 ])  # fmt: skip
-def test_no_environment_of_the_users(name, message, cal_ql, point, runs, capsys):
-    if name == "robot":
-        Path("robot.py").write_text(POINT.replace("def make(", "def made("))
-        del sys.modules["robot"]
-    assert start(cal_ql, *WITHOUT, "--online-env", name) == 2
-    line = error_line(capsys)
-    assert "environment cannot be made" in line and message in line and not runs.exists()
+def test_no_environment_of_the_users(name, message, robot):
+    gym.register("Endless-v0", entry_point="robot:Robot")
+    line = refusal(*robot.first, "--eval-episodes", "1", "--online-env", name)
+    assert line.startswith(f"cannot make the environment {name}") and message in line
 
 
-HAND = """
-import gymnasium
-import numpy
-
-
-class Hand(gymnasium.Env):
-    observation_space = gymnasium.spaces.Box(-9, 9, (39,))
-    action_space = gymnasium.spaces.Box(-1, 1, (28,))
-
-    def __init__(self, tells):
-        self.tells = tells
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return numpy.zeros(39, numpy.float32), {}
-
-    def step(self, action):
-        return numpy.zeros(39, numpy.float32), 7.0, False, False, {"success": True} if self.tells else {}
-
-
-def silent():
-    return Hand(tells=False)
-
-
-def telling():
-    return Hand(tells=True)
-"""
-
-
-def test_an_adroit_environment_of_the_users_must_tell_success(script, runs, tmp_path, monkeypatch, capsys):
-    """The task's reward is its success: without one it would be NaN, and the loss soon too."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "hand", raising=False)
-    (tmp_path / "hand.py").write_text(HAND)
-    episode = dict(observations=np.zeros((4, 39)), actions=np.zeros((3, 28), np.float32), rewards=np.zeros(3))
-    episode |= dict(infos={"success": np.array([0, 0, 0, 1], bool)}, terminations=[False] * 3)
-    spaces = dict(action_space=gym.spaces.Box(-1, 1, (28,)), observation_space=gym.spaces.Box(-9, 9, (39,)))
-    for which in ("human", "cloned"):
-        buffers = [EpisodeBuffer(id=0, truncations=[False, False, True], **episode)]
-        minari.create_dataset_from_buffers(f"D4RL/door/{which}-v2", buffers, **spaces)
-    flags = [*TINY, "--env-id", "door-binary", "--offline-steps", "2", "--online-steps", "5", "--online-env"]
-    for processes in [[], ["--eval-async"]] if script.__name__ == NAMES[0] else [[]]:
-        assert start(script, *flags, "hand:silent", *processes) == 2
-        assert "NaN reward" in (line := error_line(capsys)) and "info['success']" in line
-    assert start(script, *flags, "hand:telling") == 0
-
-
-def test_the_robot_of_the_documentation(cal_ql, runs, tmp_path, monkeypatch):
-    """The page's code and its two commands, with fewer steps."""
-    page = (Path(cal_ql.__file__).parent / "docs/no_environment.md").read_text()
-    (tmp_path / "robot.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "robot", raising=False)
-    importlib.import_module("robot").record()
-    first, second = re.findall(r"^python cal_ql_continuous.py (.*)$", page.replace("\\\n", ""), re.MULTILINE)
-    assert start(cal_ql, *first.split(), "--offline-steps", "30") == 0
-    flags = second.replace("runs/<run>", str(only(runs))).split()
-    assert start(cal_ql, *flags, "--online-steps", "50", "--eval-episodes", "2") == 0
+def test_returns_of_time_outs(robot, monkeypatch):
+    """By hand, gamma 0.5 and three steps: a cost repeats for ever and a gain does not, in data and online alike."""
+    monkeypatch.setattr(robot.Robot, "step", lambda self, action: (self.observe(), 1.0, False, False, {}))
+    flags = [*robot.first, *"--online-env robot:Reach-v0 --episode-length 3 --online-steps 3 --gamma 0.5".split()]
+    for scale_and_bias, expected in (("1 0", [1.75, 1.5, 1]), ("2 -4", [-4, -4, -4]), ("0 0.5", [0.875, 0.75, 0.5])):
+        scale, bias = scale_and_bias.split()
+        run = start(cal_ql, *flags, "--reward-scale", scale, "--reward-bias", bias, "--offline-steps", "0")
+        assert read(run)["buffer"]["online"][5].tolist() == expected
 
 
 # ---- Online episodes as a dataset ------------------------------------------------------------------------------------
 
 
-def save_online(run: Path, dataset_id: str = "mine/online-v0") -> int:
-    return from_run.main([str(run), "--dataset-id", dataset_id])
+def save_online(run: Path) -> int:
+    return from_run.main([str(run), "--dataset-id", "mine/online-v0"])
 
 
-def test_online_episodes_become_a_dataset(script, point, runs, monkeypatch):
+def test_online_episodes_become_a_dataset(robot, monkeypatch):
     """As the environment had them: its observations, actions, rewards, ends; and a script reads them again."""
-    robot, played = importlib.import_module("robot"), []
-    step, reset = robot.Point.step, robot.Point.reset
+    played, step, reset = [], robot.Robot.step, robot.Robot.reset
 
     def record_reset(self, **kwargs):
-        values = reset(self, **kwargs)
-        played.append([values])
-        return values
+        played.append([reset(self, **kwargs)])
+        return played[-1][0]
 
     def record_step(self, action):
-        values = step(self, action)
-        played[-1].append((action, *values))
-        return values
+        played[-1].append((action, *step(self, action)))
+        return played[-1][-1][1:]
 
-    monkeypatch.setattr(robot.Point, "reset", record_reset)
-    monkeypatch.setattr(robot.Point, "step", record_step)
-    evaluate = script.evaluate
-    monkeypatch.setattr(script, "evaluate", lambda *args: (evaluate(*args), played.clear(), online.extend(episodes))[0])
-    online, episodes, play = [], [], script.play_episode
-
-    def play_episode(*args):
-        played.clear()
-        episode = play(*args)
-        episodes.append(played[-1])
-        return episode
-
-    monkeypatch.setattr(script, "play_episode", play_episode)
-    flags = [*WITHOUT, "--online-env", "robot:make", "--online-steps", "40", "--eval-episodes", "1"]
-    assert start(script, *flags) == 0
-    assert save_online(only(runs)) == 0
+    monkeypatch.setattr(robot.Robot, "reset", record_reset)
+    monkeypatch.setattr(robot.Robot, "step", record_step)
+    flags = "--online-env robot:Reach-v0 --online-steps 95 --buffer-size 200 --device cpu"
+    run = start(cal_ql, *robot.first, *flags.split())
+    assert save_online(run) == 0
     dataset = minari.load_dataset("mine/online-v0")
-    assert dataset.env_spec is None and dataset.action_space == robot.Point.action_space
-    assert dataset.observation_space == robot.Point.observation_space
-    assert len(dataset) == len(episodes) and {episode.terminations[-1] for episode in dataset} == {True, False}
+    spaces = dataset.action_space, dataset.observation_space
+    assert dataset.env_spec is None and spaces == (robot.Robot.action_space, robot.Robot.observation_space)
+    episodes = played[1:]  # the first is the step that is tried when the environment is made
+    assert len(dataset) == len(episodes) >= 3
     for saved, ((first, _), *steps) in zip(dataset, episodes, strict=True):
         actions, states, rewards, ends, _, _ = zip(*steps, strict=True)
         for key in ("position", "goal"):
@@ -1002,237 +726,35 @@ def test_online_episodes_become_a_dataset(script, point, runs, monkeypatch):
         np.testing.assert_allclose(saved.rewards, rewards, atol=1e-6)
         np.testing.assert_array_equal(saved.terminations, ends)
         assert saved.truncations.tolist() == [False] * (len(ends) - 1) + [not ends[-1]]
-    assert start(script, *WITHOUT, "--env-id", "mine/online-v0", "--online-steps", "0") == 0
+    start(cal_ql, *robot.first, "--datasets", "mine/reach-v0", "mine/online-v0")
 
 
 @cal_ql_only
-def test_online_episodes_name_their_environment(whole, runs, demonstrations, monkeypatch, tmp_path, capsys):
+def test_online_episodes_name_their_environment(whole, pretrained, demonstrations, monkeypatch, tmp_path, capsys):
     """The ring of twelve has lost the first of three episodes; what is left can be played on."""
-    script, run = whole
     shutil.copytree(demonstrations, tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    assert save_online(run) == 0
+    assert save_online(whole[1]) == 0
     assert "mine/online-v0: 2 episodes, 10 steps" in capsys.readouterr().out
     spec = minari.load_dataset("mine/online-v0").env_spec
     assert (spec.id, spec.max_episode_steps) == ("cal-ql/PickPlace-v0", 5)
-    flags = [*TINY, "--env-id", "mine/online-v0", "--offline-steps", "3", "--online-steps", "5"]
-    assert start(script, *flags) == 0
-    assert save_online(run) == 2
-    assert "already exists" in error_line(capsys)
+    flags = "--env-id mine/online-v0 --datasets cal-ql/pick-place/narrow-v0 mine/online-v0 --offline-steps 3"
+    start(cal_ql, *TINY, *flags.split())
+    for run, message in (
+        (whole[1], "already exists"),
+        (tmp_path, "missing or damaged"),
+        (pretrained, "no online episode"),
+    ):
+        assert save_online(run) == 2 and message in capsys.readouterr().err
 
 
 @cal_ql_only
-def test_runs_without_online_episodes(finished, tmp_path, capsys):
-    _, run = finished
-    assert save_online(tmp_path) == 2
-    assert "missing or damaged" in error_line(capsys)
-    shutil.copy(run / "offline.pt", run / "checkpoint.pt")
-    assert save_online(run) == 2
-    assert "no online episode" in error_line(capsys)
-    for script in ("cal_ql_pixels.py", "odt_continuous.py"):
-        save_as(run / "checkpoint.pt", {"script": script})
-        assert save_online(run) == 2
-        assert script in error_line(capsys)
-    save_as(run / "checkpoint.pt", {"script": "cal_ql_continuous.py", "buffer": {}})
-    assert save_online(run) == 2
-    assert "missing or damaged" in error_line(capsys)
-
-
 def test_episodes_that_the_paper_relabels_are_saved_as_the_policy_saw_them(finished, tmp_path, monkeypatch):
-    _, run = finished
-    source = types.SimpleNamespace(action_space=gym.spaces.Box(-2, 2, (4,)), env_spec="AntMaze",
-                                   observation_space=gym.spaces.Dict())  # fmt: skip
+    source = types.SimpleNamespace(action_space=gym.spaces.Box(-2, 2, (4,)), env_spec=1, observation_space=None)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(from_run, "open_dataset", lambda dataset_id: source)
-    save_as(run / "checkpoint.pt", {"args": read(run)["args"] | {"env_id": "antmaze-umaze"}})
-    assert save_online(run) == 0
-    dataset = minari.load_dataset("mine/online-v0")
+    load = minari.load_dataset
+    monkeypatch.setattr(minari, "load_dataset", lambda dataset_id: source)
+    change(finished, args={"env_id": "antmaze-umaze"})
+    assert save_online(finished) == 0
+    dataset = load("mine/online-v0")
     assert dataset.env_spec is None and dataset.observation_space.shape == (11,)
-
-
-# ---- The protocol ----------------------------------------------------------------------------------------------------
-
-COMMON_VARIANTS = {
-    "--actor-interval 1 --num-critics 4 --num-target-critics 2 --critic-layer-norm --actor-reduce mean": (False, 7, 20),
-    "--offline-steps 0 --mixing-ratio -1 --actor-interval 3": (False, 0, 6),
-    "--online-steps 0": (False, 3, 0),
-}
-
-
-@pytest.mark.parametrize("flags", COMMON_VARIANTS)
-def test_updates_of_each_phase(flags, script, runs, monkeypatch):
-    """As many as the phase asks for, the actor's turn at every `actor_interval`-th; seven updates offline."""
-    update, calls = script.update, []
-
-    def recorded(agent, optimizer, args, online, with_actor, batch):
-        calls.append((online, with_actor))
-        assert len(batch.rewards) == 8
-        return update(agent, optimizer, args, online, with_actor, batch)
-
-    monkeypatch.setattr(script, "update", recorded)
-    assert start(script, *TINY, "--offline-steps", "7", "--online-steps", "10", *flags.split()) == 0
-    args = script.Args(**read(only(runs))["args"])
-    offline, online = args.offline_steps, 2 * args.online_steps
-    assert [each for each, _ in calls] == offline * [False] + online * [True]
-    assert [each for _, each in calls] == [k % args.actor_interval == 0 for k in range(1, offline + online + 1)]
-    assert all(value.isfinite().all() for value in read(only(runs))["agent"].values())
-
-
-def test_online_episodes(script, runs, monkeypatch):
-    """Each has a seed of its own; the policy does not learn meanwhile; what it plays is what the replay gets."""
-    played, added = [], []
-    play, add = script.play_episode, script.ReplayBuffer.add
-
-    def play_episode(env, agent, seed, device):
-        before = [parameter.clone() for parameter in agent.parameters()]
-        episode = play(env, agent, seed, device)
-        assert all(map(torch.equal, before, agent.parameters()))
-        played.append((seed, episode, env))
-        return episode
-
-    def add_episode(self, episode):
-        added.append(episode)
-        add(self, episode)
-
-    monkeypatch.setattr(script, "play_episode", play_episode)
-    monkeypatch.setattr(script.ReplayBuffer, "add", add_episode)
-    assert start(script, *TINY, "--offline-steps", "3") == 0
-    assert len({seed for seed, _, _ in played}) == 3 == len(added)
-    for (seed, episode, env), entered in zip(played, added, strict=True):
-        assert entered is episode
-        assert episode.observations.shape == (6, 11) and episode.actions.shape == (5, 4)
-        assert np.abs(episode.actions).max() < 1 and not episode.terminations.any()  # cut off by time
-        assert np.array_equal(env.reset(seed=seed)[0], episode.observations[0])
-        for action, state, reward in zip(episode.actions, episode.observations[1:], episode.rewards, strict=True):
-            values = env.step(action)
-            assert np.array_equal(values[0], state) and values[1] == reward
-    assert not np.array_equal(played[0][1].actions, played[1][1].actions)
-
-
-def test_random_actions_of_sac_come_first_and_are_counted_over_a_resume(runs, monkeypatch):
-    script = importlib.import_module("sac_offline_data")
-    flags = [*TINY, "--offline-steps", "0", "--random-steps", "7"]
-    assert start(script, *flags) == 0
-    uninterrupted = only(runs).rename("uninterrupted")
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "update", at_call(3, script.update, lambda: signal.raise_signal(signal.SIGTERM)))
-        assert start(script, *flags) == 143
-    assert start(script, "--resume", str(only(runs))) == 0
-    check_equal(only(runs), uninterrupted)
-
-    args = script.Args(random_steps=2, actor_layers=(4,), critic_layers=(4,))
-    agent, states = script.Agent(3, 400, args), torch.zeros(1, 3)
-    with torch.no_grad():
-        spreads = [agent.act(states, explore=True).abs().max().item() for _ in range(4)]
-        assert all(spread > 0.97 for spread in spreads[:2]), "uniform"
-        agent.actor.log_std_offset.data.fill_(-5.0)
-        assert agent.act(states, explore=True).abs().max() < 0.3, "the policy's"
-        assert agent.acted_steps == 5
-        agent.act(states, explore=False)
-        assert agent.acted_steps == 5, "evaluations do not count"
-
-
-# ---- Bad input -------------------------------------------------------------------------------------------------------
-
-NONSENSE = """--gamma 1|--gamma -0.1|--gamma nan|--tau 0|--tau 1.5|--mixing-ratio 1.01|
---mixing-ratio -2|--batch-size 0|--eval-episodes 0|--utd-ratio 0|--actor-interval 0|--buffer-size 0|--offline-steps -1|
---online-steps -1|--seed -1|--actor-layers 8 0|--critic-layers -1|--critic-lr 0|--actor-lr inf|--reward-bias nan|
---reward-scale 0|--reward-scale inf|--num-critics 0|--num-target-critics 0|--threads -1|
---offline-eval-interval 0|--online-eval-interval 0|--episode-length -1""".replace("\n", "").split("|")
-NONSENSE_OF_CQL = """--num-actions 0|--cql-weight -1|--cql-weight nan|--online-cql-factor -1|--target-action-gap inf
-""".strip().split("|")
-
-
-def check_refused(script, flags: list[str], capsys) -> str:
-    """Exit code 2, one line, and no trace of a run."""
-    assert start(script, *TINY, *flags) == 2
-    line = error_line(capsys)
-    assert line.startswith("error: ") and not Path("runs").exists()
-    return line
-
-
-@pytest.mark.parametrize("flags", NONSENSE)
-def test_settings_out_of_range(flags, script, runs, capsys):
-    assert flags.split()[0] in check_refused(script, flags.split(), capsys)
-
-
-@pytest.mark.parametrize("flags", NONSENSE_OF_CQL)
-@pytest.mark.parametrize("script", NAMES[:2], indirect=True)
-def test_settings_of_the_regulariser_out_of_range(flags, script, runs, capsys):
-    assert flags.split()[0] in check_refused(script, flags.split(), capsys)
-
-
-def test_cuda_without_cuda(cal_ql, runs, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "CUDA" in check_refused(cal_ql, ["--device", "cuda"], capsys)
-
-
-def test_sizes_beyond_memory(cal_ql, runs, capsys):
-    assert "memory" in check_refused(cal_ql, ["--buffer-size", str(10**12)], capsys)
-
-
-@pytest.mark.parametrize("flags", ["--gama 0.9", "--seed one", "--device tpu", "--actor-layers x", "--gamma"])
-def test_unreadable_flags(flags, script, runs):
-    with pytest.raises(SystemExit) as stop:
-        script.main([*TINY, *flags.split()])
-    assert stop.value.code == 2 and not runs.exists()
-
-
-@pytest.mark.parametrize("name", ["antmaze-large-divers", "../etc/narrow-v0", ""])
-def test_unknown_task(name, script, runs, capsys):
-    assert "antmaze-large-diverse" in check_refused(script, ["--env-id", name], capsys)
-
-
-def test_absent_dataset(script, runs, capsys, monkeypatch):
-    monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: 1 / 0)
-    assert "minari download" in check_refused(script, ["--env-id", "D4RL/antmaze/none-v1"], capsys)
-    assert "collect" in check_refused(script, ["--env-id", "pick-place-broad"], capsys)
-
-
-def test_task_defaults(script, capsys):
-    """`task_defaults` gives what the command line has; --help shows the tasks."""
-    for name in script.TASKS:
-        assert dataclasses.asdict(script.parse_args(["--env-id", name])) == vars(script.task_defaults(name))
-    assert script.task_defaults("antmaze-large-play").critic_layers == (256, 256, 256, 256)
-    assert script.task_defaults("pen-binary").episode_length == 100
-    assert script.task_defaults("pen-binary").actor_layers == (512, 512)
-    assert script.task_defaults("any/other-v0").reward_scale == 1
-    assert script.parse_args(["--env-id", "antmaze-umaze", "--reward-bias", "0"]).reward_bias == 0
-    with pytest.raises(SystemExit) as stop:
-        script.parse_args(["--help"])
-    output = capsys.readouterr().out
-    assert stop.value.code == 0 and "pick-place-broad" in output and "reward_scale 10.0" in output
-
-
-def test_track_that_fails(cal_ql, runs, capsys, monkeypatch):
-    def init(*args, **kwargs):
-        raise wandb.errors.UsageError("api_key not configured")
-
-    monkeypatch.setattr(wandb, "init", init)
-    line = check_refused(cal_ql, ["--track"], capsys)
-    assert "--track: api_key not configured" in line and "wandb login" in line
-
-
-def test_track_offline(cal_ql, runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    try:
-        assert start(cal_ql, *TINY, "--track", "--offline-steps", "3", "--online-steps", "0") == 0
-        assert wandb.run.name == only(runs).name
-        assert wandb.run.config["env_id"] == "pick-place"
-        assert list(tmp_path.glob("wandb/offline-run-*"))
-    finally:
-        wandb.finish()
-        wandb.tensorboard.unpatch()
-
-
-def test_damaged_data(cal_ql, runs, demonstrations, tmp_path, monkeypatch, capfd):
-    shutil.copytree(demonstrations, tmp_path / "minari")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    data = tmp_path / "minari/cal-ql/pick-place/narrow-v0/data/main_data.hdf5"
-    data.write_bytes(data.read_bytes()[:20_000])
-    assert start(cal_ql, *TINY) == 2
-    errors = capfd.readouterr().err
-    assert errors.count("error: ") == 1 and "cal-ql/pick-place/narrow-v0" in errors and "Traceback" not in errors
-    assert not runs.exists()

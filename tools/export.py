@@ -9,9 +9,10 @@
                    and how the network's output becomes an action; both policies do that themselves
 
 It is the deterministic policy of the evaluations. Before anything is written, both are compared with the run's agent on
-1,000 observations. The run's dataset has to be there: the observation's bounds come from it.
+1,000 observations. The run's dataset has to be there, and its --online-env has to be named again.
 """
 
+import importlib
 import json
 import logging
 import shutil
@@ -21,17 +22,22 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
-import numpy as np
-import torch
-import torch.nn as nn
-import tyro
-
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "baselines")]
+try:
+    import gymnasium as gym
+    import numpy as np
+    import onnx  # noqa: F401  what torch.onnx.export writes with
+    import onnxruntime
+    import onnxscript  # noqa: F401  what it is made of
+    import torch
+    import torch.nn as nn
+    import tyro
 
-from tools import policy as runner  # noqa: E402
-from tools.plot import InputError, load_script  # noqa: E402
+    from tools import policy as runner
+except ImportError as error:
+    print(f"error: {error}; run `pip install -r requirements-dev.txt`.", file=sys.stderr)
+    sys.exit(2)
 
 TOLERANCE = 1e-5  # of an exported action, in units of half the box
 
@@ -69,83 +75,35 @@ class Policy(nn.Module):
 
 
 def entry_names(space: gym.Space, keys: tuple[str, ...] = (), name: str = "") -> list[str]:
-    """The entries of a flat observation in the scripts' order, as achieved_goal[0]; `keys` choose of a dictionary."""
+    """The entries of a flat observation in the scripts' order, as achieved_goal[0]; no `keys` means all."""
     if isinstance(space, gym.spaces.Dict):
-        parts = [entry_names(space[key], (), f"{name}.{key}".strip(".")) for key in space if not keys or key in keys]
-        return [entry for part in parts for entry in part]
+        return [entry for k in keys or space for entry in entry_names(space[k], (), f"{name}.{k}".strip("."))]
     return [f"{name}[{', '.join(map(str, index))}]" for index in np.ndindex(space.shape)]
 
 
-def load_run(run: Path):
-    """The run's script, settings, datasets, environment and agent. Raises InputError."""
-    script = load_script(run)
-    try:
-        checkpoint = script.read_checkpoint(str(run))
-        args = script.Args(**checkpoint["args"])
-        task = script.find_task(args.env_id)
-        datasets = [script.open_dataset(dataset_id) for dataset_id in task.datasets]
-        env = script.make_env(datasets[-1], task, args.episode_length)
-        agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, args)
-        agent.load_state_dict(checkpoint["agent"])
-    except script.InputError as error:
-        raise InputError(str(error)) from error
-    if not hasattr(agent, "actor"):
-        raise InputError(f"{run} is a run of {checkpoint['script']}, whose policy acts on its whole past and a return "
-                         "to go, not on one observation: it cannot be exported.")  # fmt: skip
-    return script, checkpoint, args, task, datasets, env, agent
-
-
-def make_contract(script, checkpoint: dict, args, task, datasets: list, env: gym.Env, policy: Policy) -> dict:
+def make_contract(script, checkpoint: dict, args, task, dataset, env: gym.Env, offline: list, policy: Policy) -> dict:
     """What a user of policy.onnx or policy.py has to know."""
-    shape, box, limits = env.observation_space.shape, datasets[-1].action_space, env.env.action_space
-    if len(shape) == 3:
-        entries = {"order": "[height, width, channel] of uint8", "low_in_data": 0, "high_in_data": 255}
-    else:
-        states = [episode.observations for episode in script.load_episodes(datasets, task, env)]
+    shape, limits = offline[0].observations.shape[1:], env.env.action_space
+    entries = {"order": "[height, width, channel] of uint8", "low_in_data": 0, "high_in_data": 255}
+    if len(shape) == 1:
+        states = [values for each in offline for values in (each.observations, each.next_observations)]
         low, high = np.min([each.min(0) for each in states], 0), np.max([each.max(0) for each in states], 0)
-        names = entry_names(datasets[-1].observation_space, script.STATE_KEYS.get(task.domain, ()))
-        entries = [
-            {"entry": name, "low_in_data": a, "high_in_data": b}
-            for name, a, b in zip(names, low.tolist(), high.tolist(), strict=True)
-        ]
+        names = entry_names(dataset.observation_space, script.STATE_KEYS.get(task.domain, ()))
+        columns = zip(names, low.tolist(), high.tolist(), strict=True)
+        entries = [{"entry": name, "low_in_data": a, "high_in_data": b} for name, a, b in columns]
     return {
         "task": args.env_id,
-        "script": checkpoint["script"],
+        "script": Path(script.__file__).name,
         "updates": checkpoint["progress"]["updates"],
-        "environment": env.spec and env.spec.id,
+        "environment": env.spec.id,
         "observation_shape": shape,
         "observation": entries,
-        "action_box": {"low": box.low.tolist(), "high": box.high.tolist()},
+        "action_box": {"low": dataset.action_space.low.tolist(), "high": dataset.action_space.high.tolist()},
         "action_limits": {"low": limits.low.tolist(), "high": limits.high.tolist()},
         "action": "low + (output + 1) / 2 * (high - low) of the box, for the output in (-1, 1) of the layers, then "
         "clipped to the limits; policy.onnx and policy.py do both",
         "layers": [type(layer).__name__ for layer in policy.layers],
     }
-
-
-@torch.no_grad()
-def check(folder: Path, agent: nn.Module, contract: dict) -> dict[str, float]:
-    """Largest difference of each exported policy from the agent on 1,000 observations, in units of half the box."""
-    import onnxruntime
-
-    rng, shape = np.random.default_rng(0), contract["observation_shape"]
-    if len(shape) == 3:
-        observations = rng.integers(0, 256, (1000, *shape), np.uint8)
-    else:
-        low, high = ([entry[key] for entry in contract["observation"]] for key in ("low_in_data", "high_in_data"))
-        observations = rng.uniform(low, high, (1000, *shape)).astype(np.float32)
-    box, limits = contract["action_box"], contract["action_limits"]
-    low, high = np.float32(box["low"]), np.float32(box["high"])
-    session = onnxruntime.InferenceSession(folder / "policy.onnx")
-    numpy_policy = runner.Policy(folder)
-    differences = {"ONNX": 0.0, "NumPy": 0.0}
-    for batch in np.split(observations, 10):
-        action = agent.act(torch.from_numpy(batch), explore=False).numpy()
-        action = np.clip(low + (action + 1) / 2 * (high - low), limits["low"], limits["high"])
-        made = {"ONNX": session.run(None, {"observation": batch})[0], "NumPy": numpy_policy(batch)}
-        for name, values in made.items():
-            differences[name] = max(differences[name], float((2 * np.abs(values - action) / (high - low)).max()))
-    return differences
 
 
 def write(folder: Path, policy: Policy, contract: dict) -> None:
@@ -164,59 +122,76 @@ def write(folder: Path, policy: Policy, contract: dict) -> None:
 
 
 @torch.no_grad()
-def play(env: gym.Env, agent: nn.Module, episodes: int) -> float:
-    """Mean score of the run's own policy over the seeds 0 to episodes - 1."""
-    scores = []
-    for seed in range(episodes):
-        (state, _), over, scores = env.reset(seed=seed), False, [*scores, 0.0]
-        while not over:
-            action = agent.act(torch.from_numpy(state).unsqueeze(0), explore=False)[0]
-            state, _, terminated, truncated, info = env.step(action.numpy())
-            over, scores[-1] = terminated or truncated, max(scores[-1], info["score"])
-    return float(np.mean(scores))
+def check(folder: Path, agent: nn.Module, contract: dict) -> dict[str, float]:
+    """Largest difference of each exported policy from the agent on 1,000 observations, in units of half the box."""
+    rng, shape = np.random.default_rng(0), contract["observation_shape"]
+    if len(shape) == 3:
+        observations = rng.integers(0, 256, (1000, *shape), np.uint8)
+    else:
+        low, high = ([entry[key] for entry in contract["observation"]] for key in ("low_in_data", "high_in_data"))
+        observations = rng.uniform(low, high, (1000, *shape)).astype(np.float32)
+    box, limits = contract["action_box"], contract["action_limits"]
+    low, high = np.float32(box["low"]), np.float32(box["high"])
+    wanted = agent.act(torch.from_numpy(observations), explore=False).numpy()
+    wanted = np.clip(low + (wanted + 1) / 2 * (high - low), limits["low"], limits["high"])
+    session = onnxruntime.InferenceSession(folder / "policy.onnx")
+    made = {"ONNX": session.run(None, {"observation": observations})[0], "NumPy": runner.Policy(folder)(observations)}
+    return {name: float((2 * np.abs(values - wanted) / (high - low)).max()) for name, values in made.items()}
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
-    run: tyro.conf.Positional[Path]
-    """folder of the run"""
-    out: Path | None = None
-    """folder to write; the default is `policy` in the run's"""
-    episodes: int = 0
-    """episodes to play with the run's own policy, of seeds 0, 1, ..."""
+    run: tyro.conf.Positional[Path]  # folder of the run
+    out: Path | None = None  # folder to write; the default is `policy` in the run's
+    script: str | None = None  # the script that made the run, such as iql_continuous; else the folder's name tells it
+    episodes: int = 0  # episodes to play with the run's own policy, of seeds 0, 1, ...
 
 
-def export(args: Args) -> None:
-    script, checkpoint, settings, task, datasets, env, agent = load_run(args.run)
-    if args.episodes and env.spec is None:
-        raise InputError(f"{settings.env_id} names no environment to play in: leave --episodes out.")
-    policy = Policy(agent, datasets[-1].action_space, env.env.action_space)
-    contract = make_contract(script, checkpoint, settings, task, datasets, env, policy)
+def export(script, args: Args, flags: list[str]) -> None:
+    """Raises the script's InputError."""
+    settings, checkpoint = script.parse_args(["--resume", str(args.run), "--device", "cpu", *flags])
+    task, dataset, offline = script.load_data(settings)
+    env = script.make_env(dataset, task, settings)
+    agent, _ = script.make_agent(offline, settings)
+    limits = env.env.action_space
+    try:
+        if limits.dtype.kind != "f":
+            raise ValueError("the environment takes whole numbers")
+        agent.load_state_dict(checkpoint["agent"])
+        policy = Policy(agent, dataset.action_space, limits)
+    except Exception as error:  # another script's checkpoint, or ODT, whose policy acts on its whole past
+        raise script.InputError(f"{args.run} cannot be exported by {script.__name__}: {error!r:.200}.") from error
+    contract = make_contract(script, checkpoint, settings, task, dataset, env, offline, policy)
     out = args.out or args.run / "policy"
     with tempfile.TemporaryDirectory() as folder:  # nothing is left where the check fails
         write(Path(folder), policy, contract)
         differences = check(Path(folder), agent, contract)
         if not max(differences.values()) <= TOLERANCE:
-            raise InputError(f"{args.run}: its exported policy differs from its agent by {differences}; "
-                             "this tool does not know such an actor.")  # fmt: skip
-        out.mkdir(parents=True, exist_ok=True)
-        for path in Path(folder).iterdir():
-            shutil.copy(path, out)
+            raise script.InputError(f"{args.run}: its exported policy differs from its agent by {differences}; "
+                                    "this tool does not know such an actor.")  # fmt: skip
+        shutil.copytree(folder, out, dirs_exist_ok=True)
     print(f"{out}: policy.onnx, policy.npz, policy.py, policy.json")
     print("largest difference from the agent's actions, in units of half the box:",
           ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))  # fmt: skip
     if args.episodes:
-        print(f"score with torch: {play(env, agent, args.episodes):.3f} over {args.episodes} episodes, "
-              f"seeds 0 to {args.episodes - 1}")  # fmt: skip
+        played = [script.play_episode(env, agent, seed, False, "cpu") for seed in range(args.episodes)]
+        scores = [episode.rewards.sum() if np.isnan(score) else score for episode, score in played]
+        print(f"score with torch: {np.mean(scores):.3f} over {args.episodes} episodes, seeds 0 to {args.episodes - 1}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    args = tyro.cli(Args, args=argv, description=__doc__)
+    args, flags = tyro.cli(Args, args=argv, description=__doc__, return_unknown_args=True)
+    words = args.run.resolve().name.split("__")  # <env-id>__<script>__<seed>__<time>
+    name = args.script or (words[1] if len(words) == 4 else "")
+    if not any((folder / f"{name}.py").exists() for folder in (ROOT, ROOT / "baselines")):
+        print(f"error: {args.run} does not tell which script made it: add --script, such as cal_ql_continuous.",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    script = importlib.import_module(name)
     try:
-        export(args)
-    except (InputError, OSError) as error:
+        export(script, args, flags)
+    except (script.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

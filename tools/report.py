@@ -1,14 +1,14 @@
 """Draws every picture and table of README.md and docs/ from the runs in results/.
 
     python tools/report.py                        # pictures into docs/figures/<task>/, tables between their markers
-    python tools/report.py --peers peers.csv      # the same, with other peers' curves dashed than results/CORL.csv
     python tools/report.py --check                # writes nothing; exit code 1 where a table is not what results/ say
     python tools/report.py --add runs/<run>       # first copies a run's eval.csv and config.json into results/
     python tools/report.py --add runs/<run> --variant small    # as a variant, for other settings than the task's
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is one of
 
-    paper ALGORITHM   the paper's tasks, its numbers beside ours
+    paper ALGORITHM   the paper's numbers beside ours for its tasks that were run; a sentence names the others
+    whole ALGORITHM   the same with a row for each of the paper's tasks, those that were run first
     task TASK         means over the seeds of a task
     seeds TASK        its runs one by one
 """
@@ -18,17 +18,20 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
-import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+try:
+    import tyro
 
-from tools import plot  # noqa: E402
+    from tools import plot
+except ImportError as error:
+    print(f"error: {error}; run `pip install -r requirements-dev.txt`.", file=sys.stderr)
+    sys.exit(2)
 
 MARKED = re.compile(r"(<!-- table (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-NOT_RUN = "not run yet"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -36,67 +39,73 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def cells_of(runs: list[plot.Run], unit: int, digits: int) -> dict[str, str]:
+    """Means over the finished runs as plot.py computes them, as text; "-" where there is none."""
+    means = plot.summarise(runs, unit) or {"seeds": 0}
+    cells = dict.fromkeys(("offline", "online", "regret", "updates", "env_steps", "seeds"), "-")
+    cells["seeds"] = str(means["seeds"])
+    if means["seeds"]:
+        cells |= {name: f"{means[name]:.{digits}f}" for name in ("offline", "online")}
+        cells |= {"regret": f"{means['regret']:.2f}"} if unit == 100 else {}
+        cells |= {name: f"{means[name]:,.0f}" for name in ("updates", "env_steps")}
+    return cells
+
+
 def unit_of(algorithms: dict[str, list[plot.Run]]) -> tuple[int, int, str]:
     """Factor, digits and heading of a task's scores: percent, or the return where no success is told."""
     return (100, 0, "%") if plot.has_score(algorithms) else (1, 1, "return")
 
 
-def paper_table(groups: plot.Groups, algorithm: str) -> str:
+def paper_table(groups: plot.Groups, algorithm: str, whole: bool = False) -> str:
     """The paper's tables 1 and 2 for one algorithm, ours beside them."""
     with (ROOT / "tools" / "paper.csv").open(newline="") as file:
         paper = [row for row in csv.DictReader(file) if row["algorithm"] == algorithm]
-    rows = []
+    rows = {True: [], False: []}  # run, and not run yet
     for row in paper:
         runs = groups.get(row["task"], {}).get(algorithm, [])
-        means = plot.summarise(runs, 100)
-        ours = ["unfinished" if runs else NOT_RUN, "-", "-", "-", "0"]
-        if means:  # their length, for it may not be the paper's
-            ours = [f"{means['offline']:.0f}", f"{means['online']:.0f}", f"{means['regret']:.2f}"]
-            ours += [f"{means['env_steps']:,.0f}", str(means["seeds"])]
-        rows.append([row["task"], row["offline"] or "-", row["online"], row["regret"], *ours])
+        ours = cells_of(runs, 100, 0)
+        if ours["offline"] == "-":
+            ours["offline"] = "unfinished" if runs else "not run yet"
+        ours = [ours[name] for name in ("offline", "online", "regret", "env_steps", "seeds")]
+        rows[bool(runs)].append([row["task"], row["offline"] or "-", row["online"], row["regret"], *ours])
     header = ["task", "paper: offline %", "online %", "regret", "ours: offline %", "online %", "regret"]
-    return markdown([*header, "steps online", "seeds"], rows)
+    header += ["steps online", "seeds"]
+    if whole:
+        return markdown(header, rows[True] + rows[False])
+    table = markdown(header, rows[True]) + "\n" if rows[True] else ""
+    return table + f"Not run yet: {', '.join(row[0] for row in rows[False])}.\n" if rows[False] else table
 
 
 def task_table(groups: plot.Groups, task: str) -> str:
     """Means over a task's finished runs, an algorithm a row; unfinished runs are counted."""
-    algorithms = groups.get(task, {})
-    if not algorithms:
-        return f"{NOT_RUN}\n"
-    (unit, digits, heading), rows = unit_of(algorithms), []
-    for name, runs in algorithms.items():
-        means, cells = plot.summarise(runs, unit), ["-"] * 5 + ["0"]
-        if means:
-            cells = [f"{means[key]:.{digits}f}" for key in ("offline", "online")]
-            cells += [f"{means['regret']:.2f}" if unit == 100 else "-"]
-            cells += [f"{means['updates']:,.0f}", f"{means['env_steps']:,.0f}", str(means["seeds"])]
-        rows.append([name, *cells, str(sum(not run.finished for run in runs))])
+    if task not in groups:
+        return "Not run yet.\n"
+    unit, digits, heading = unit_of(groups[task])
+    rows = [
+        [name, *cells_of(runs, unit, digits).values(), str(sum(not run.finished for run in runs))]
+        for name, runs in groups[task].items()
+    ]
     header = ["algorithm", f"offline {heading}", f"online {heading}", "regret", "updates offline", "steps online"]
     return markdown([*header, "seeds", "unfinished"], rows)
 
 
 def seeds_table(groups: plot.Groups, task: str) -> str:
     """A task's runs one by one, unfinished ones as far as they are."""
-    algorithms = groups.get(task, {})
-    if not algorithms:
-        return f"{NOT_RUN}\n"
-    (unit, digits, heading), rows = unit_of(algorithms), []
-    for name, runs in algorithms.items():
-        for run in sorted(runs, key=lambda run: run.seed):
-            scores = unit * run.rows.score.to_numpy()
-            online = unit * run.online.score.to_numpy()
-            cells = ["-", "-", "-"]
-            if len(online):
-                regret = f"{run.online.regret.iloc[-1]:.3f}" if unit == 100 else "-"
-                cells = [f"{online.min():.{digits}f}", f"{online[-1]:.{digits}f}", regret]
-            steps, minutes = run.rows.env_steps.iloc[-1], run.rows.wall_time.iloc[-1] / 60
-            switch = f"{scores[len(run.offline) - 1]:.{digits}f}"
-            rows.append([name, str(run.seed), switch, *cells, f"{steps:,.0f}", f"{minutes:.0f}"])
+    if task not in groups:
+        return "Not run yet.\n"
+    (unit, digits, heading), rows = unit_of(groups[task]), []
+    for name, run in ((name, run) for name, runs in groups[task].items() for run in runs):
+        scores, cells = unit * run.online.score, ["-", "-", "-"]
+        if len(scores):
+            cells = [f"{score:.{digits}f}" for score in (scores.min(), scores.iloc[-1])]
+            cells.append(f"{run.online.regret.iloc[-1]:.3f}" if unit == 100 else "-")
+        switch, last = f"{unit * run.offline.score.iloc[-1]:.{digits}f}", run.rows.iloc[-1]
+        rows.append([name, str(run.seed), switch, *cells, f"{last.env_steps:,.0f}", f"{last.wall_time / 60:.0f}"])
     header = ["algorithm", "seed", f"offline {heading}", f"lowest online {heading}", f"online {heading}", "regret"]
     return markdown([*header, "steps online", "minutes"], rows)
 
 
-TABLES = {"paper": paper_table, "task": task_table, "seeds": seeds_table}
+TABLES = {"paper": paper_table, "whole": partial(paper_table, whole=True), "task": task_table, "seeds": seeds_table}
 
 
 def fill(text: str, groups: plot.Groups) -> str:
@@ -127,18 +136,11 @@ def add_run(run: Path, variant: str, results: Path) -> Path:
 
 @dataclass
 class Args:
-    check: bool = False
-    """write nothing, and tell by the exit code whether the tables are what results/ say"""
-    add: tuple[Path, ...] = ()
-    """folders of runs to publish first"""
-    variant: str = ""
-    """with --add, a word for settings that are not the task's own"""
-    peers: Path | None = None
-    """CSV with another code base's curves, for the pictures; results/CORL.csv unless given"""
-    root: Path = ROOT
-    """folder with README.md, docs/ and results/"""
-    reps: int = 2000
-    """bootstrap resamples"""
+    check: bool = False  # write nothing, and tell by the exit code whether the tables are what results/ say
+    add: tuple[Path, ...] = ()  # folders of runs to publish first
+    variant: str = ""  # with --add, a word for settings that are not the task's own
+    root: Path = ROOT  # folder with README.md, docs/ and results/, where CORL.csv holds curves that are drawn dashed
+    reps: int = 2000  # bootstrap resamples
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,8 +163,8 @@ def main(argv: list[str] | None = None) -> int:
             for path in changed:
                 print(f"{path}: a table is not what results/ say; run python tools/report.py", file=sys.stderr)
             return int(bool(changed))
-        path = args.peers or results / "CORL.csv"
-        peers = plot.read_peers(path) if args.peers or path.is_file() else None
+        path = results / "CORL.csv"
+        peers = plot.read_peers(path) if path.is_file() else None
         for task, algorithms in groups.items():
             plot.draw_all({task: algorithms}, args.root / "docs" / "figures" / task, args.reps, peers, table=False)
     except (plot.InputError, OSError) as error:

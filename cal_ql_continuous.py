@@ -318,18 +318,18 @@ def to_state(observation, space: gym.Space, keys: tuple, leading: tuple[int, ...
 def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Task) -> Episode:
     """An episode of the data, relabelled to the task; Adroit's failures become empty. Raises InputError."""
     box, steps = dataset.action_space, len(data.rewards)
-    if not isinstance(box, gym.spaces.Box) or box.shape[1:] or not box.is_bounded() or (box.low >= box.high).any():
+    if not isinstance(box, gym.spaces.Box) or box.low.ndim != 1 or not box.is_bounded() or (box.low >= box.high).any():
         raise InputError(f"actions of {box} are not supported: they must be one vector within finite bounds")
     source, keys = f"episode {data.id}", STATE_KEYS.get(task.domain, ())
     states = to_state(data.observations, dataset.observation_space, keys, (steps + 1,), source)
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)  # they say what -1 and 1 mean
-    actions = 2 * (np.asarray(data.actions, np.float64) - low) / (high - low) - 1
+    actions = 2 * (np.asarray(data.actions, np.float64) - low) / (high - low) - 1  # human hands leave [-1, 1]
     rewards, terminations = np.asarray(data.rewards, np.float32), data.terminations
     success = data.infos["success"] if task.domain == "adroit" else np.zeros(steps + 1)
-    lengths = [len(data.actions), len(terminations), len(success) - 1]
+    shapes = [np.shape(column) for column in (data.actions, rewards, terminations, success[1:])]
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations, success))
-    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:  # human hands leave the box
-        raise InputError(f"{source}: columns of other lengths, values not finite, or actions out of their box")
+    if shapes != [(steps, *box.shape), *[(steps,)] * 3] or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:
+        raise InputError(f"{source}: columns of other shapes, values not finite, or actions out of their box")
     if task.domain == "antmaze":  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
         maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[1]
         goal = 4.0 * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])  # cells of 4 m
@@ -425,7 +425,7 @@ class TaskEnv(gym.Wrapper):
         action = (action.round() if own.dtype.kind in "iu" else action).astype(own.dtype)
         observation, *results, info = self.env.step(action)
         reward, terminated, truncated = (np.asarray(result).item() for result in results)
-        score = float(info.get("success", info.get("is_success", np.nan)))  # NaN where nothing tells
+        score = np.asarray(info.get("success", info.get("is_success", np.nan)), float).item()  # NaN: nothing tells
         if self.task.domain == "adroit":  # the dense reward is replaced, and success ends the episode
             reward, terminated = score, terminated or score > 0
         if "episode_task_completions" in info:
@@ -442,8 +442,8 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         if env_id is None:  # a stranger's data give a registered id and plain arguments, never code
             if own is None or own.id not in gym.registry or own.additional_wrappers:
                 raise ValueError("the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0")
-            env_id = gym.registry[own.id]
-            kwargs = dict(own.kwargs, render_mode=None, max_episode_steps=args.episode_length or own.max_episode_steps)
+            env_id, limit = gym.registry[own.id], args.episode_length or own.max_episode_steps
+            kwargs = {k: v for k, v in own.kwargs.items() if k != "render_mode"} | {"max_episode_steps": limit}
             if task.domain == "antmaze":
                 # The data's own maze (Minari's evaluation maps are mirrored for umaze), with one start and goal.
                 maze = [[int(cell == 1) for cell in row] for row in kwargs["maze_map"]]
@@ -463,7 +463,7 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         env.step(np.zeros(env.action_space.shape))  # what does not fit fails here, not after the offline phase
         return env
     except Exception as error:  # no such module, arguments that it does not take, no maze
-        raise InputError(f"cannot make the environment {env_id or dataset.id}: {error!r}.") from error
+        raise InputError(f"cannot make the environment {args.online_env or dataset.id}: {error!r}.") from error
 
 
 @torch.no_grad()
@@ -610,7 +610,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"its part {damaged} is damaged")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            env_id = checkpoint["args"]["env_id"]
+            env_id = Args(**checkpoint["args"]).env_id  # fails on a script with other settings
         except Exception as error:  # whatever another program has put there
             raise InputError(f"cannot go on from {path}: {error!r:.300}.") from error
     domain = getattr(TASKS.get(env_id), "domain", "any other")

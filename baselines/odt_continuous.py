@@ -270,18 +270,18 @@ def to_state(observation, space: gym.Space, keys: tuple, leading: tuple[int, ...
 def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Task) -> Episode:
     """An episode of the data, relabelled to the task; Adroit's failures become empty. Raises InputError."""
     box, steps = dataset.action_space, len(data.rewards)
-    if not isinstance(box, gym.spaces.Box) or box.shape[1:] or not box.is_bounded() or (box.low >= box.high).any():
+    if not isinstance(box, gym.spaces.Box) or box.low.ndim != 1 or not box.is_bounded() or (box.low >= box.high).any():
         raise InputError(f"actions of {box} are not supported: they must be one vector within finite bounds")
     source, keys = f"episode {data.id}", STATE_KEYS.get(task.domain, ())
     states = to_state(data.observations, dataset.observation_space, keys, (steps + 1,), source)
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)  # they say what -1 and 1 mean
-    actions = 2 * (np.asarray(data.actions, np.float64) - low) / (high - low) - 1
+    actions = 2 * (np.asarray(data.actions, np.float64) - low) / (high - low) - 1  # human hands leave [-1, 1]
     rewards, terminations = np.asarray(data.rewards, np.float32), data.terminations
     success = data.infos["success"] if task.domain == "adroit" else np.zeros(steps + 1)
-    lengths = [len(data.actions), len(terminations), len(success) - 1]
+    shapes = [np.shape(column) for column in (data.actions, rewards, terminations, success[1:])]
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations, success))
-    if lengths != [steps] * 3 or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:  # human hands leave the box
-        raise InputError(f"{source}: columns of other lengths, values not finite, or actions out of their box")
+    if shapes != [(steps, *box.shape), *[(steps,)] * 3] or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:
+        raise InputError(f"{source}: columns of other shapes, values not finite, or actions out of their box")
     if task.domain == "antmaze":  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
         maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[1]
         goal = 4.0 * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])  # cells of 4 m
@@ -388,7 +388,7 @@ class TaskEnv(gym.Wrapper):
         action = (action.round() if own.dtype.kind in "iu" else action).astype(own.dtype)
         observation, *results, info = self.env.step(action)
         reward, terminated, truncated = (np.asarray(result).item() for result in results)
-        score = float(info.get("success", info.get("is_success", np.nan)))  # NaN where nothing tells
+        score = np.asarray(info.get("success", info.get("is_success", np.nan)), float).item()  # NaN: nothing tells
         if self.task.domain == "adroit":  # the dense reward is replaced, and success ends the episode
             reward, terminated = score, terminated or score > 0
         if "episode_task_completions" in info:
@@ -400,14 +400,13 @@ class TaskEnv(gym.Wrapper):
 
 def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
     """The environment of --online-env or the one that the data name, set to the task. Raises InputError."""
-    spec, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
+    own, env_id, kwargs = dataset.env_spec, args.online_env, {"max_episode_steps": args.episode_length or None}
     try:
         if env_id is None:  # a stranger's data give a registered id and plain arguments, never code
-            if spec is None or spec.id not in gym.registry or spec.additional_wrappers:
-                raise ValueError("the data name none that is registered and has no wrappers: use --online-env")
-            env_id = gym.registry[spec.id]
-            limit = args.episode_length or spec.max_episode_steps
-            kwargs = spec.kwargs | {"max_episode_steps": limit, "render_mode": None}
+            if own is None or own.id not in gym.registry or own.additional_wrappers:
+                raise ValueError("the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0")
+            env_id, limit = gym.registry[own.id], args.episode_length or own.max_episode_steps
+            kwargs = {k: v for k, v in own.kwargs.items() if k != "render_mode"} | {"max_episode_steps": limit}
             if task.domain == "antmaze":
                 # The data's own maze (Minari's evaluation maps are mirrored for umaze), with one start and goal.
                 maze = [[int(cell == 1) for cell in row] for row in kwargs["maze_map"]]
@@ -427,7 +426,7 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         env.step(np.zeros(env.action_space.shape))  # what does not fit fails here, not after the offline phase
         return env
     except Exception as error:  # no such module, arguments that it does not take, no maze
-        raise InputError(f"cannot make the environment {env_id or dataset.id}: {error!r}.") from error
+        raise InputError(f"cannot make the environment {args.online_env or dataset.id}: {error!r}.") from error
 
 
 @torch.no_grad()
@@ -452,7 +451,7 @@ def play_episode(env: gym.Env, agent: Agent, seed: int, explore: bool, device: s
 
 
 def evaluate(env: gym.Env | None, agent: Agent, buffer: ReplayBuffer, progress: SimpleNamespace, args: Args) -> dict:
-    """A row of eval.csv: episodes of the deterministic policy (without any, NaN), and what four batches tell."""
+    """A row of eval.csv: episodes of the deterministic policy (NaN if there are none), and `probe` of four batches."""
     scores, returns = np.full((2, max(args.eval_episodes, 1)), np.nan)
     seeds = np.random.SeedSequence((args.seed, 1, len(progress.rows))).generate_state(args.eval_episodes)
     for k, seed in enumerate(seeds.tolist()):
@@ -511,7 +510,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     writer.add_text("settings", str(vars(args)))
     (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run: {run}", *(f"  {k} {v}" for k, v in vars(args).items() if v != getattr(Args, k)), sep="\n")
-    began = time.time() - progress.wall_time
+    began = time.time() - progress.wall_time  # as if the run had never paused
 
     def evaluate_and_save(evaluation_due: bool) -> None:
         """Evaluates if that is due, and saves then and every ten minutes. The run's state is whole here."""
@@ -524,7 +523,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
             progress.rows.append(row)
             log(writer, {f"eval/{k}": v for k, v in row.items() if isinstance(v, float)}, progress.step)
             tqdm.write(f"{row['phase']:8}{row['env_steps'] or row['updates']:9,}  score {row['score']:.3f}  "
-                       f"return {row['return']:.1f}, of the data {row['mean_mc_return']:.1f}")  # fmt: skip
+                       f"return {row['return']:.1f}  Monte-Carlo return {row['mean_mc_return']:.1f}")  # fmt: skip
             lines = [row.keys(), *(row.values() for row in progress.rows)]
             (run / "eval.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
         progress.wall_time = time.time() - began
@@ -578,7 +577,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             env_id = checkpoint["args"]["env_id"]
         except Exception as error:  # whatever another program has put there
             raise InputError(f"cannot go on from {path}: {error!r:.300}.") from error
-    domain = TASKS[env_id].domain if env_id in TASKS else "any other"
+    domain = getattr(TASKS.get(env_id), "domain", "any other")
     settings = {"env_id": env_id, **SETTINGS.get(domain, {}), **SETTINGS.get(env_id, {})}
     defaults = Args(**(settings if checkpoint is None else checkpoint["args"]))
     summary = f"{__doc__.splitlines()[0]} Tasks: {', '.join(TASKS)}. `--env-id TASK --help` shows that task's settings."
@@ -590,10 +589,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             raise InputError(f"{args.resume} cannot go on with another {' or '.join(changed)}: start a new run.")
         if args.online_env not in (None, first.online_env, settings.get("online_env")):  # it names code
             raise InputError(f"{args.resume} was made with --online-env {args.online_env}: repeat that to go on.")
-    needs_cuda = args.device == "cuda" and not torch.cuda.is_available()
-    sizes = [args.buffer_trajectories, args.context_length, args.eval_context_length, args.num_heads]
-    if args.seed < 0 or min(args.offline_eval_interval, args.online_eval_interval, *sizes) < 1 or needs_cuda:
-        raise InputError("--seed must be at least 0, intervals and sizes 1, and a CUDA device there for cuda.")
+    may_be_0 = ("seed", "eval_episodes", "episode_length", "updates_per_episode")
+    small = [k for k, v in vars(args).items() if type(v) is int and v < (k not in may_be_0 and not k.endswith("steps"))]
+    if small or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device cuda needs CUDA there; too small: {small}.")
     if args.embedding_dim % args.num_heads or not 0 <= args.dropout < 1 or args.initial_temperature <= 0:
         raise InputError("--num-heads must divide --embedding-dim, --dropout be below 1, the temperature positive.")
     return args, checkpoint

@@ -73,7 +73,7 @@ def save(args: Args) -> minari.MinariDataset:
     settings, columns, episodes = read_run(args.run)
     task = TASKS.get(settings["env_id"], Task("any other", (settings["env_id"],)))
     own_env = SETTINGS.get(task.domain, {}).get("online_env")  # of another one the data tell nothing
-    source_id = (settings["datasets"] or task.datasets)[-1]
+    source_id = (settings["datasets"] or task.datasets)[0]
     try:
         source = minari.load_dataset(source_id)
     except Exception as error:

@@ -268,30 +268,29 @@ def test_a_renamed_copy_alone_is_killed_stopped_and_goes_on(tmp_path, monkeypatc
     lines = output.replace(str(run), "<run>").splitlines()
     assert lines[0] == "data: 3 of 3 episodes, 0.00% of their actions' entries clipped"
     assert lines[1:3] == ["run: <run>", "  env_id mine/pendulum-v0"] and max(map(len, lines)) <= 80
-    assert re.fullmatch(r"online +\d+  score -\d+\.\d{3}  Q -?\d+\.\d  return of the data -?\d+\.\d", lines[-2])
+    assert re.fullmatch(r"online +\d+  score -\d+\.\d{3}  Q -?\d+\.\d  Monte-Carlo return -?\d+\.\d", lines[-2])
     assert re.fullmatch(r"done: [\d,]+ updates, [\d,]+ environment steps, <run>/eval\.csv", lines[-1])
     check_equal(run, start(cal_ql, *flags, *steps))
 
 
 @cal_ql_only
-@pytest.mark.parametrize("number, call", [(signal.SIGINT, 70), (signal.SIGTERM, 145)])
-def test_a_stopped_program_resumes(number, call, whole, monkeypatch, capsys):
+@pytest.mark.parametrize("call, saved", [(70, 50), (145, 140)])
+def test_ctrl_c_stops_the_program_and_it_resumes(call, saved, whole, monkeypatch):
     step = torch.optim.Adam.step
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", at_call(call, step, lambda: signal.raise_signal(number)))
+        patch.setattr(torch.optim.Adam, "step", at_call(call, step, lambda: signal.raise_signal(signal.SIGINT)))
         assert run_as_process(patch, *TINY) == STOPPED
     (run,) = Path("runs").iterdir()
-    assert read(run)["progress"]["updates"] == {70: 50, 145: 140}[call]
-    assert run_as_process(monkeypatch, "--resume", str(run)) == 0
+    assert read(run)["progress"]["updates"] == saved and run_as_process(monkeypatch, "--resume", str(run)) == 0
     check_equal(run, whole[1])
-    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, code, message", [
     ("--gama 0.9", 2, "--gama"), ("--seed one", 2, "--seed"), ("--device tpu", 2, "--device"), ("--gamma", 2, "--ga"),
-    ("--seed -1", 2, "error: --seed must be at least 0, intervals 1, --gamma below 1, and a CUDA device there for c"),
-    ("--device cuda", 2, "and a CUDA device there for cuda."), ("--online-eval-interval 0", 2, "intervals 1"),
-    ("--offline-eval-interval 0", 2, "intervals 1"), ("--gamma 1", 2, "--gamma below 1"),
+    ("--device cuda", 2, "error: --gamma must be below 1, --mixing-ratio at most 1, CUDA there for cuda; too small: ["),
+    ("--seed -1 --batch-size 0 --utd-ratio -1", 2, "; too small: ['seed', 'batch_size', 'utd_ratio']."),
+    ("--online-eval-interval 0", 2, "['online_eval_interval']"), ("--gamma 1", 2, "error: --gamma must be below 1"),
+    ("--offline-eval-interval 0", 2, "['offline_eval_interval']"), ("--mixing-ratio 2", 2, "--mixing-ratio at most"),
     ("--env-id antmaze-large-divers", 2, "; tasks: antmaze-umaze, "), ("--resume x", 2, "error: cannot go on from x/c"),
     ("--resume ", 2, "error: cannot go on from checkpoint.pt: FileNotFoundError"), ("--help", 0, "pick-place"),
     ("--seed 1", 2, "error: [Errno 20] Not a directory: "),  # runs is a file
@@ -310,7 +309,6 @@ def test_a_tasks_settings():
     pen = cal_ql.parse_args(["--env-id", "pen-binary", "--reward-bias", "0"])[0]  # domain's, task's, given
     assert (pen.actor_layers, pen.episode_length, pen.reward_scale, pen.reward_bias) == ((512, 512), 100, 10, 0)
     assert cal_ql.parse_args(["--env-id", "any/other-v0"])[0].reward_scale == 1
-    assert cal_ql.parse_args(["--datasets", "mine/a-v0", "b-v1"])[0].datasets == ("mine/a-v0", "b-v1")
 
 
 # ---- Stopping and going on -------------------------------------------------------------------------------------------
@@ -334,8 +332,7 @@ def test_killed_while_saving_keeps_the_last_checkpoint(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", at_call(2, Path.replace, kill))
         run = killed(cal_ql)
-    (run / "checkpoint.partial").write_bytes(b"half of it, say")
-    assert read(run)["progress"]["updates"] == 0
+    assert (run / "checkpoint.partial").exists() and read(run)["progress"]["updates"] == 0
     start(cal_ql, "--resume", str(run), "--offline-steps", "10", "--online-steps", "0")
     assert read(run)["progress"]["updates"] == 10 and not (run / "checkpoint.partial").exists()
 
@@ -392,22 +389,20 @@ def test_a_finished_run_can_be_extended(finished, capsys):
     assert read(finished)["progress"]["updates"] == 150 + 2 * 10
 
 
-MEANING = {  # of stored transitions
-    "reward_scale": "--reward-scale 10", "reward_bias": "--reward-bias 0", "gamma": "--gamma 0.9",
-    "online_env": "--online-env Hopper-v5", "episode_length": "--episode-length 6", "offline_steps": "--offline-steps 9"
+CHANGES = {  # the first two are never allowed, the others until there are online transitions
+    "env_id": "--env-id antmaze-umaze", "datasets": "--datasets cal-ql/pick-place/twin-v0", "gamma": "--gamma 0.9",
+    "reward_scale": "--reward-scale 10", "reward_bias": "--reward-bias 0", "online_env": "--online-env Hopper-v5",
+    "episode_length": "--episode-length 6", "offline_steps": "--offline-steps 9",
 }  # fmt: skip
-ALWAYS = {"env_id": "--env-id antmaze-umaze", "datasets": "--datasets cal-ql/pick-place/twin-v0"}
 
 
 @cal_ql_only
-@pytest.mark.parametrize("name", MEANING | ALWAYS)
+@pytest.mark.parametrize("name", CHANGES)
 def test_what_would_change_the_meaning_of_stored_transitions_is_refused(name, finished, pretrained):
-    flags = (MEANING | ALWAYS)[name].split()
-    expected = " cannot go on with another {}: start a new run."
-    assert refusal("--resume", str(finished), *flags) == f"{finished}{expected.format(name)}"
-    if name in ALWAYS:
-        assert refusal("--resume", str(pretrained), *flags) == f"{pretrained}{expected.format(name)}"
-    else:  # none are stored yet
+    flags = CHANGES[name].split()
+    for run in (finished, pretrained) if name in ("env_id", "datasets") else (finished,):
+        assert refusal("--resume", str(run), *flags) == f"{run} cannot go on with another {name}: start a new run."
+    if name not in ("env_id", "datasets"):
         args, checkpoint = cal_ql.parse_args(["--resume", str(pretrained), *flags])
         assert str(getattr(args, name)).removesuffix(".0") == flags[1] and checkpoint is not None
         assert args.offline_steps == (9 if name == "offline_steps" else 3) and args.utd_ratio == 2
@@ -433,20 +428,20 @@ def test_two_fine_tunings_of_one_pre_training_by_a_sibling(pretrained):
     """A copy of Cal-QL's run goes on with CQL; networks and moments are the pre-training's, a new seed draws anew."""
     cql = importlib.import_module("cql_continuous")
     runs = [Path(shutil.copytree(pretrained, f"runs/{k}")) for k in range(4)]
-    for run, seed, script in zip(runs, (1, 2, 2, 2), (cal_ql, cal_ql, cql, cql), strict=True):
-        flags = "--offline-steps 5 --online-steps 5 --mixing-ratio 0 --reward-bias 1"
-        start(script, "--resume", str(run), "--seed", str(seed), *flags.split())
-        assert [row["updates"] for row in table(run)] == ["0", "3", "5", "15"]
-        assert {int(state["step"]) for state in read(run)["optimizer"]["state"].values()} <= {7, 15}
-        assert read(run)["args"]["reward_bias"] == 1 and read(run)["args"]["actor_layers"] == (8,)
-    agents = [read(run)["agent"] for run in runs]
-    assert not same(agents[0], agents[1]) and not same(agents[1], agents[2]) and same(agents[2], agents[3])
+    for steps in ("0", "5"):  # what is left of the offline phase, and the online phase
+        flags = ["--offline-steps", "5", "--online-steps", steps, "--reward-bias", "1", "--mixing-ratio", "0"]
+        for run, seed, script in zip(runs, "1222", (cal_ql, cal_ql, cql, cql), strict=True):
+            start(script, "--resume", str(run), "--seed", seed, *flags)
+        agents = [read(run)["agent"] for run in runs]
+        assert not same(agents[0], agents[1]) and not same(agents[1], agents[2]) and same(agents[2], agents[3])
+    assert {int(state["step"]) for state in read(runs[3])["optimizer"]["state"].values()} == {7, 15}
+    assert [row["updates"] for row in table(runs[3])] == ["0", "3", "5", "15"]
+    assert (read(runs[3])["args"]["reward_bias"], read(runs[3])["args"]["actor_layers"]) == (1, (8,))
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="Args(**the checkpoint's settings) is outside of the try")
 def test_a_checkpoint_of_a_sibling_with_other_settings_is_one_sentence(pretrained):
     sac = importlib.import_module("sac_offline_data")
-    with pytest.raises(sac.InputError, match=f"^cannot go on from {pretrained}/checkpoint.pt: [^\n]*cql_weight"):
+    with pytest.raises(sac.InputError, match=f"^cannot go on from {pretrained}/checkpoint.pt: [^\n]*num_actions"):
         sac.parse_args(["--resume", str(pretrained)])
 
 
@@ -621,11 +616,10 @@ def test_random_actions_of_sac_come_first_and_are_counted_over_a_resume(monkeypa
     check_equal(run, uninterrupted)
 
     agent = script.Agent(3, 400, script.Args(random_steps=2, actor_layers=(4,), critic_layers=(4,)))
-    states = torch.zeros(1, 3)
     agent.actor.log_std_offset.data.fill_(-5.0)
     with torch.no_grad():
-        agent.act(states, explore=False)  # of an evaluation, which does not count
-        spreads = [agent.act(states, explore=True).abs().max().item() for _ in range(4)]
+        agent.act(torch.zeros(1, 3), explore=False)  # of an evaluation, which does not count
+        spreads = [agent.act(torch.zeros(1, 3), explore=True).abs().max().item() for _ in range(4)]
     assert min(spreads[:2]) > 0.97 and max(spreads[2:]) < 0.3 and agent.acted_steps == 4
 
 
@@ -656,17 +650,13 @@ def test_the_robot_of_the_documentation(robot):
     assert [row["updates"] for row in rows] == ["0", "2", "4"]
     assert all([name for name in row if row[name] == "nan"] == ["score", "return"] for row in rows)
     without = [flag for flag in robot.first if flag not in ("--eval-episodes", "--online-steps", "0")]
-    assert refusal(*without) == (
-        "cannot make the environment mine/reach-v0: ValueError('the data name none that is registered and has no "
-        "wrappers: use --online-env')."
-    )
+    hint = "the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0"
+    assert refusal(*without) == f"cannot make the environment mine/reach-v0: ValueError('{hint}')."
     second = [str(run) if flag == "runs/<run>" else flag for flag in robot.second]
     start(cal_ql, *second)
-    last = table(run)[-1]
-    assert last["phase"] == "online" and 90 <= int(last["env_steps"]) < 130 and 0 <= float(last["score"]) <= 1
+    assert 90 <= int(table(run)[-1]["env_steps"]) < 130 and 0 <= float(table(run)[-1]["score"]) <= 1
     assert {*read(run)["buffer"]["online"][2].tolist()} <= {-1.0, 9.0}
-    message = f"{run} was made with --online-env robot:Reach-v0: repeat that to go on."
-    assert refusal("--resume", str(run), "--online-steps", "99") == message
+    assert refusal("--resume", str(run)) == f"{run} was made with --online-env robot:Reach-v0: repeat that to go on."
 
 
 @pytest.mark.parametrize("name, message", [
@@ -683,8 +673,7 @@ def test_returns_of_time_outs(robot, monkeypatch):
     """By hand, gamma 0.5 and three steps: a cost repeats for ever and a gain does not, in data and online alike."""
     monkeypatch.setattr(robot.Robot, "step", lambda self, action: (self.observe(), 1.0, False, False, {}))
     flags = [*robot.first, *"--online-env robot:Reach-v0 --episode-length 3 --online-steps 3 --gamma 0.5".split()]
-    for scale_and_bias, expected in (("1 0", [1.75, 1.5, 1]), ("2 -4", [-4, -4, -4]), ("0 0.5", [0.875, 0.75, 0.5])):
-        scale, bias = scale_and_bias.split()
+    for scale, bias, expected in (("1", "0", [1.75, 1.5, 1]), ("2", "-4", [-4, -4, -4]), ("0", "2", [3.5, 3, 2])):
         run = start(cal_ql, *flags, "--reward-scale", scale, "--reward-bias", bias, "--offline-steps", "0")
         assert read(run)["buffer"]["online"][5].tolist() == expected
 
@@ -738,7 +727,7 @@ def test_online_episodes_name_their_environment(whole, pretrained, demonstration
     assert "mine/online-v0: 2 episodes, 10 steps" in capsys.readouterr().out
     spec = minari.load_dataset("mine/online-v0").env_spec
     assert (spec.id, spec.max_episode_steps) == ("cal-ql/PickPlace-v0", 5)
-    flags = "--env-id mine/online-v0 --datasets cal-ql/pick-place/narrow-v0 mine/online-v0 --offline-steps 3"
+    flags = "--env-id mine/online-v0 --datasets mine/online-v0 cal-ql/pick-place/narrow-v0 --offline-steps 3"
     start(cal_ql, *TINY, *flags.split())
     for run, message in (
         (whole[1], "already exists"),

@@ -32,7 +32,6 @@ from types import SimpleNamespace
 from typing import Literal
 
 import gymnasium as gym
-import gymnasium_robotics  # noqa: F401  registers the environments of the paper
 import minari
 import numpy as np
 import torch
@@ -295,8 +294,8 @@ def update(agent: Agent, optimizer, args: Args, online: bool, with_actor: bool, 
 
     optimizer.step()  # Adam skips parameters without a gradient
     with torch.no_grad():
-        for target, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
-            for target_param, param in zip(target.parameters(), learned.parameters(), strict=True):
+        for slow, learned in ((agent.target_encoder, agent.encoder), (agent.target_critic, critic)):
+            for target_param, param in zip(slow.parameters(), learned.parameters(), strict=True):
                 target_param.lerp_(param, args.tau)
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -341,17 +340,18 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
     space, box, steps = dataset.observation_space, dataset.action_space, len(data.rewards)
     image = isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
     if not image or space.shape[2] > min(space.shape[:2]):
-        raise InputError(f"observations of {space} are no image [H, W, C] of uint8; vectors: cal_ql_continuous.py")
-    if not isinstance(box, gym.spaces.Box) or box.shape[1:] or not box.is_bounded() or (box.low >= box.high).any():
+        found = f"{type(space).__name__} {space.shape} {space.dtype}"
+        raise InputError(f"observations are {found}, not one image [H, W, C] of uint8; vectors: cal_ql_continuous.py")
+    if not isinstance(box, gym.spaces.Box) or box.low.ndim != 1 or not box.is_bounded() or (box.low >= box.high).any():
         raise InputError(f"actions of {box} are not supported: they must be one vector within finite bounds")
     frames = check_frames(data.observations, (steps + 1, *space.shape), f"episode {data.id}")
     low, high = box.low.astype(np.float64), box.high.astype(np.float64)  # they say what -1 and 1 mean
     actions = 2 * (np.asarray(data.actions, np.float64) - low) / (high - low) - 1
     rewards, terminations = np.asarray(data.rewards, np.float32), data.terminations
-    fits = len(data.actions) == len(terminations) == steps
+    shapes = [np.shape(column) for column in (data.actions, rewards, terminations)]
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations))
-    if not fits or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:
-        raise InputError(f"episode {data.id}: wrong lengths, values not finite, or actions out of the box")
+    if shapes != [(steps, *box.shape), (steps,), (steps,)] or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:
+        raise InputError(f"episode {data.id}: columns of other shapes, values not finite, or actions out of their box")
     return Episode(frames, actions.astype(np.float32), rewards, terminations)
 
 
@@ -464,7 +464,7 @@ class TaskEnv(gym.Wrapper):
         action = (action.round() if own.dtype.kind in "iu" else action).astype(own.dtype)
         observation, *results, info = self.env.step(action)
         reward, terminated, truncated = (np.asarray(result).item() for result in results)
-        score = float(info.get("success", info.get("is_success", np.nan)))  # NaN where nothing tells
+        score = np.asarray(info.get("success", info.get("is_success", np.nan)), float).item()  # NaN: nothing tells
         if not math.isfinite(reward):
             raise InputError(f"{self.source} gives the reward {reward}.")
         return self.frame(observation), float(reward), terminated, truncated, {"score": score}
@@ -477,8 +477,8 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         if env_id is None:  # a stranger's data give a registered id and plain arguments, never code
             if own is None or own.id not in gym.registry or own.additional_wrappers:
                 raise ValueError("the data name none to be had: --online-env, or --online-steps 0 --eval-episodes 0")
-            env_id = gym.registry[own.id]
-            kwargs = dict(own.kwargs, render_mode=None, max_episode_steps=args.episode_length or own.max_episode_steps)
+            env_id, limit = gym.registry[own.id], args.episode_length or own.max_episode_steps
+            kwargs = {k: v for k, v in own.kwargs.items() if k != "render_mode"} | {"max_episode_steps": limit}
         env = gym.make(env_id, disable_env_checker=True, **kwargs)
         if env.spec.max_episode_steps is None or env.action_space.shape != dataset.action_space.shape:
             raise ValueError("it has no time limit (--episode-length), or other actions than the data")
@@ -487,8 +487,8 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         env.step(np.zeros(env.action_space.shape))  # what does not fit fails here, not after the offline phase
         return env
     except Exception as error:  # no such module, arguments that it does not take, OpenGL in its many ways
-        raise InputError(f"cannot make the environment {env_id or dataset.id}: {error!r}; OpenGL needs Debian's"
-                         " libegl1 libegl-mesa0 libgl1-mesa-dri (MUJOCO_GL unset or egl).") from error  # fmt: skip
+        hint = "if OpenGL is missing, install libegl1 libegl-mesa0 libgl1-mesa-dri, and leave MUJOCO_GL unset"
+        raise InputError(f"cannot make the environment {args.online_env or dataset.id}: {error!r}; {hint}.") from error
 
 
 @torch.no_grad()
@@ -635,7 +635,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Args, dict | None]:
             if damaged := zipfile.ZipFile(path).testzip():
                 raise ValueError(f"its part {damaged} is damaged")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            env_id = checkpoint["args"]["env_id"]
+            env_id = Args(**checkpoint["args"]).env_id  # fails on a script with other settings
         except Exception as error:  # whatever another program has put there
             raise InputError(f"cannot go on from {path}: {error!r:.300}.") from error
     domain = getattr(TASKS.get(env_id), "domain", "any other")

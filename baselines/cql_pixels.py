@@ -481,8 +481,7 @@ def make_env(dataset: minari.MinariDataset, task: Task, args: Args) -> gym.Env:
         return env
     except Exception as error:  # no such module, arguments that it does not take, OpenGL in its many ways
         hint = "if OpenGL is missing, install libegl1 libegl-mesa0 libgl1-mesa-dri, and leave MUJOCO_GL unset"
-        raise InputError(f"cannot make the environment {args.online_env or dataset.id}: {error!r}; if OpenGL is missing"
-                         ", install libegl1 libegl-mesa0 libgl1-mesa-dri, and unset MUJOCO_GL.") from error  # fmt: skip
+        raise InputError(f"cannot make the environment {args.online_env or dataset.id}: {error!r}; {hint}.") from error
 
 
 @torch.no_grad()

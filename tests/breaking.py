@@ -185,7 +185,7 @@ ENVS = {"D4RL/antmaze/umaze-v1": "AntMaze_UMaze-v4", "D4RL/door/human-v2": "Adro
         "D4RL/door/cloned-v2": "AdroitHandDoor-v1", "D4RL/kitchen/complete-v2": "FrankaKitchen-v1",
         "test/pendulum-v0": "Pendulum-v1", "test/dot-v0": "test/Dot-v0"}  # fmt: skip
 STATES = {"AntMaze_UMaze-v4": ["achieved_goal", "observation"], "FrankaKitchen-v1": ["observation"]}
-KINDS = {"antmaze-umaze": "D4RL/antmaze/umaze-v1", "door-binary": "D4RL/door/cloned-v2",
+KINDS = {"antmaze-umaze": "D4RL/antmaze/umaze-v1", "door-binary": "D4RL/door/human-v2",
          "kitchen-complete": "D4RL/kitchen/complete-v2", "test/pendulum-v0": "test/pendulum-v0",
          "test/dot-v0": "test/dot-v0"}  # fmt: skip
 
@@ -395,7 +395,7 @@ def break_signals(share: float, rng: random.Random) -> Counts:
             code, output = process.wait(60), Path("output").read_text()
             if "done: " not in output:  # else it had ended
                 clear = code == 1 and sum("--resume" in line for line in output.splitlines()) == 1
-                outcome = "traceback" if "Traceback" in output else "clear" if clear else "silent"
+                outcome = "clear" if clear else "traceback" if "Traceback" in output else "silent"
                 if outcome == "clear":
                     outcome, output = resumed(name, reference)
                 counts.add(f"{kind.name}, exit code {code}", outcome, output)

@@ -7,7 +7,7 @@ import numpy as np
 class DotEnv(gym.Env):
     """A dot to be pushed to the right edge, drawn with NumPy."""
 
-    def __init__(self, size: int = 12, render_mode: str | None = None):
+    def __init__(self, size: int = 12):
         self.size = size
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = gym.spaces.Box(-2, 2, (2,), np.float32)

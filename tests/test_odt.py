@@ -424,7 +424,7 @@ def test_copied_alone_it_runs_and_resumes(folder):
 
 def test_bad_settings_are_refused_in_one_sentence():
     bad = ["--num-heads 3", "--dropout 1", "--context-length 0", "--initial-temperature 0", "--env-id cal-ql/none-v0"]
-    for flags, told in zip(bad, ["--num-heads", "--dropout", "sizes", "temperature", "cal-ql/none-v0"], strict=True):
+    for flags, told in zip(bad, ["--num-heads", "--dropout", "context", "temperature", "cal-ql/none-v0"], strict=True):
         with pytest.raises(odt.InputError, match=told):
             odt.train(*odt.parse_args([*RUN, *flags.split()]))
     assert not Path("runs").exists()

@@ -60,7 +60,7 @@ def load(name: str, flags: list[str]) -> Case:
     raw, episodes, missing, env, no_env = [], [], 0, None, ""
     for source in map(minari.load_dataset, args.datasets or task.datasets):
         raw += source
-        episodes += [script.to_episode(data, source, task) for data in source]
+        episodes += [script.to_episode(data, dataset, task) for data in source]
         missing += source.total_steps - sum(len(data.rewards) for data in source)
     try:
         env = script.make_env(dataset, task, args)

@@ -47,13 +47,13 @@ class Policy(nn.Module):
 
     def __init__(self, agent: nn.Module, box: gym.spaces.Box, limits: gym.spaces.Box):
         super().__init__()
-        actor, layers = agent.actor, []
-        if hasattr(agent, "encoder"):
-            layers += agent.encoder.net
-        if hasattr(actor, "layers"):  # IQL's
-            layers += [layer for linear in actor.layers for layer in (linear, nn.ReLU())][:-1]
-        else:
-            layers += getattr(actor, "net", actor)
+        layers, net = (
+            [*agent.encoder.net] if hasattr(agent, "encoder") else [],
+            getattr(agent.actor, "net", agent.actor),
+        )
+        if hasattr(net, "layers"):  # IQL's
+            net = [layer for linear in net.layers for layer in (linear, nn.ReLU())][:-1]
+        layers += net
         if isinstance(layers[-1], nn.Linear):  # of the tanh-Gaussian only the mean, the first half
             weight, bias = (values[: box.shape[0]] for values in (layers[-1].weight, layers[-1].bias))
             layers[-1] = nn.Linear(weight.shape[1], box.shape[0])

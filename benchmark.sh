@@ -6,22 +6,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # Keep an update's memory for the next one instead of returning it to the system (glibc): 10% faster on the CPU.
 export MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_MMAP_THRESHOLD_=33554432
 
-# AntMaze on data that is collected here with D4RL's control step, with fewer sampled actions and smaller critics than
-# the paper's: docs/antmaze.md has the curves.
-UMAZE_COLLECT="--frame-skip 10 --episodes 700"
-UMAZE_FLAGS="--critic-layers 256 256 --num-actions 4 --offline-steps 50000 --online-steps 30000"
-UMAZE_FLAGS+=" --offline-eval-interval 10000 --online-eval-interval 5000"
+# One thread: another number of them rounds differently, and results must not depend on how many cores a machine has.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 usage() {
   cat <<'EOF'
-./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, pre-train and fine-tune on them: minutes
-                                    on a CPU; FLAGS go to cal_ql_continuous.py, for example --seed 2
-./benchmark.sh antmaze-umaze [FLAGS]   collect data of the smallest AntMaze and train on it: over an hour on a CPU
+./benchmark.sh quickstart [FLAGS]   install, collect pick-place demonstrations, pre-train and fine-tune on them, draw the
+                                    run: minutes on a CPU; FLAGS go to cal_ql_continuous.py, for example --seed 2
 ./benchmark.sh test [FLAGS]         install, then run the tests; FLAGS go to pytest
 ./benchmark.sh GROUP [OPTIONS] [-- FLAGS]   run a group of experiments; FLAGS are added to each command
 
 They use the active virtual environment or conda environment; without one they make .venv here.
 PYTHON=python3.12 ./benchmark.sh ... chooses the interpreter that .venv is made with (3.11 to 3.13).
+OMP_NUM_THREADS=4 ./benchmark.sh ... gives each run four threads instead of one, which rounds differently.
 
 GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 and 2
            visual                     visual manipulation, on a task of ours: cal_ql to hybrid_rl, iql, awac
@@ -29,13 +26,14 @@ GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 an
            figure7                    a high update-to-data ratio: Cal-QL, Cal-QL at 20, RLPD at 20
            figure8                    narrow against broad data, on pick-place
            figure11                   a learned reference value, in Kitchen
-           umaze                      the smallest AntMaze: cal_ql, cql
+           antmaze-umaze              the smallest AntMaze, on data collected here: cal_ql, cql; a run takes over an hour
+                                      on a CPU
            pick-place                 the quick start's comparison
            all                        all of these
 OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd, iql, awac, o3f,
                          td3_bc, odt, cal_ql_learned
            --seeds N     seeds 1 to N of each (default 6, as in the paper)
-           --workers K   runs at a time (default 1); they share one GPU, or the CPU's cores
+           --workers K   runs at a time (default 1); they share one GPU, or have a core each
            --dry-run     print one command a line and do nothing else
            --slurm       write a Slurm job array over these commands instead of running them
 
@@ -49,27 +47,38 @@ die() {
   exit 2
 }
 
-# install REQUIREMENTS: into the active environment, or into .venv, which is made if need be.
+# Installs into the active environment, or into .venv, which is made if need be.
 install() {
   if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    echo "using .venv; for commands of your own: source .venv/bin/activate"
     [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
     # shellcheck disable=SC1091
     source .venv/bin/activate
   fi
   python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
     die "$(python --version) is active, but 3.11, 3.12 or 3.13 is needed; remove .venv and set PYTHON=python3.12 or so."
-  local stamp
-  stamp="$(python -c 'import sys; print(sys.prefix)')/.$1.installed"
-  if ! cat requirements.txt "$1" | cmp -s - "$stamp"; then
-    echo "installing $1 ..."
-    python -m pip install --quiet --disable-pip-version-check -r "$1"
-    cat requirements.txt "$1" >"$stamp"
+  local place stamp
+  place="$(python -c 'import sys; print(sys.prefix)')"
+  stamp="$place/.cal-ql.installed"
+  if ! cat requirements*.txt | cmp -s - "$stamp"; then
+    echo "installing into $place what is missing there: all of it is a download of some 0.5 GB, on Linux of some 3 GB"
+    echo "(torch with CUDA; requirements.txt says how to take the small build); it takes minutes"
+    python -m pip install --disable-pip-version-check -r requirements-dev.txt
+    cat requirements*.txt >"$stamp"
   fi
 }
 
-# command ALGO TASK SEED: the exact command of one run.
+# command_of ALGO TASK SEED: the exact command of one run.
 command_of() {
   local run="--env-id $2 --seed $3"
+  case "$2" in
+    pick-place-broad) run="--env-id pick-place --seed $3 --datasets cal-ql/pick-place/broad-v0" ;;
+    antmaze-umaze) # shorter than the paper's AntMaze, and with smaller networks: docs/antmaze.md has the curves
+      run+=" --datasets cal-ql/antmaze/umaze-v0 --offline-steps 50000 --online-steps 30000"
+      run+=" --offline-eval-interval 10000 --online-eval-interval 5000"
+      case "$1" in cal_ql* | cql*) run+=" --critic-layers 256 256 --num-actions 4" ;; esac
+      ;;
+  esac
   local high_utd="--num-critics 10 --critic-layer-norm --actor-reduce mean --utd-ratio 20 --actor-interval 20"
   local algo="$1"
   if [ "$2" = pick-place-pixels ]; then algo="$1_pixels"; fi
@@ -82,7 +91,7 @@ command_of() {
     hybrid_rl_pixels) echo "python baselines/sac_pixels.py $run" ;;
     iql_pixels | awac_pixels) echo "python baselines/$algo.py $run" ;;
     cal_ql) echo "python cal_ql_continuous.py $run" ;;
-    cal_ql_learned) echo "python cal_ql_continuous.py $run --reference-value learned" ;;
+    cal_ql_learned) echo "python baselines/cal_ql_learned_value.py $run" ;;
     cql) echo "python cql_continuous.py $run" ;;
     cql_sac) echo "python cql_continuous.py $run --online-cql-factor 0" ;;
     sac) echo "python sac_offline_data.py $run --mixing-ratio 0" ;;
@@ -91,12 +100,14 @@ command_of() {
     iql | awac | td3_bc | odt) echo "python baselines/$1_continuous.py $run" ;;
     o3f) echo "python baselines/iql_continuous.py $run --optimistic-actions 100" ;;
     cal_ql_utd20) echo "python cal_ql_continuous.py $run $high_utd --num-target-critics 2" ;;
-    rlpd) # target entropy -dim(A)/2; one target critic in AntMaze, two elsewhere, as in RLPD's own commands
+    rlpd) # as RLPD's own commands: target entropy -dim(A)/2; in AntMaze one target critic, elsewhere two; 5,000 random
+      # steps, in which nothing is learned; rewards of -1 and 0 in AntMaze and Adroit
       local critics=2
       if [[ "$2" == antmaze-* ]]; then critics=1; fi
+      if [[ "$2" == antmaze-* || "$2" == *-binary ]]; then run+=" --reward-scale 1 --reward-bias -1"; fi
       echo "python sac_offline_data.py $run $high_utd --num-target-critics $critics --mixing-ratio 0.5" \
         "--actor-layers 256 256 256 --critic-layers 256 256 256 --target-entropy-scale -0.5 --no-backup-entropy" \
-        "--random-steps 5000"
+        "--random-steps 5000 --warmup-steps 5000"
       ;;
     *) die "unknown algorithm $algo; see ./benchmark.sh --help." ;;
   esac
@@ -123,11 +134,11 @@ commands_of() {
     figure8) tasks="pick-place pick-place-broad" algos=cal_ql,cql ;;
     figure2) tasks=pick-place algos=iql,td3_bc,awac,cql,cal_ql ;;
     figure11) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=cal_ql,cal_ql_learned ;;
-    umaze) tasks=antmaze-umaze algos=cal_ql,cql ;;
+    antmaze-umaze) tasks=antmaze-umaze algos=cal_ql,cql ;;
     pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data,iql,awac,o3f,td3_bc,odt ;;
     all)
       {
-        for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 umaze pick-place; do
+        for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 antmaze-umaze pick-place; do
           commands_of "$group" "$2" "$3"
         done
         for algo in ${visual//,/ }; do # those of visual that are asked for
@@ -161,11 +172,9 @@ run_one() {
     return
   fi
   touch "$log"
-  run="$(sed -n 's/^run: \(.*\) on [a-z]*$/\1/p' "$log" | tail -1)"
-  if [ -n "$run" ] && [ -f "$run/checkpoint.pt" ]; then
-    words=(python "${words[1]}" --resume "$run")
-  fi
-  echo "started: ${words[*]}"
+  run="$(sed -n 's/^run: //p' "$log" | tail -1)"
+  if [ -n "$run" ] && [ -f "$run/checkpoint.pt" ]; then words+=(--resume "$run"); fi
+  echo "started: ${words[*]}   (its output: $log)"
   if "${words[@]}" >>"$log" 2>&1; then
     touch "runs/logs/$name.done"
     rm -f "runs/logs/$name.failed"
@@ -176,13 +185,16 @@ run_one() {
   fi
 }
 
-# Demonstrations that a command's task needs and that are made here.
+# collect_for COMMANDS: the data that they need and that are made here.
 collect_for() {
-  if grep -q -- '--env-id pick-place ' <<<"$1 "; then python -m collect.pick_place; fi
-  if grep -q -- '--env-id pick-place-broad ' <<<"$1 "; then
+  if grep -q -- '--env-id pick-place ' <<<"$1"; then python -m collect.pick_place; fi
+  if grep -q -- cal-ql/pick-place/broad-v0 <<<"$1"; then
     python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0
   fi
-  if grep -q -- '--env-id pick-place-pixels ' <<<"$1 "; then python -m collect.pick_place --camera; fi
+  if grep -q -- '--env-id pick-place-pixels ' <<<"$1"; then python -m collect.pick_place --camera; fi
+  if grep -q -- cal-ql/antmaze/umaze-v0 <<<"$1"; then
+    python -m collect.ant_maze umaze --frame-skip 10 --episodes 700 # the control step of D4RL
+  fi
 }
 
 run_group() {
@@ -233,13 +245,8 @@ EOF
       echo "wrote runs/$group.sbatch over runs/$group.commands; submit it from here: sbatch runs/$group.sbatch"
       ;;
     run)
-      install requirements.txt
+      install
       collect_for "$commands"
-      if [ -z "${OMP_NUM_THREADS:-}" ]; then # busy processes that share cores slow each other many times over
-        local cores
-        cores="$(getconf _NPROCESSORS_ONLN)"
-        export OMP_NUM_THREADS=$((cores / workers > 0 ? cores / workers : 1))
-      fi
       rm -f runs/logs/*.failed
       tr '\n' '\0' <<<"$commands" | xargs -0 -n 1 -P "$workers" ./benchmark.sh run-one || true
       if compgen -G 'runs/logs/*.failed' >/dev/null; then
@@ -254,22 +261,17 @@ EOF
 case "${1:-}" in
   quickstart)
     shift
-    install requirements.txt
+    install
+    mkdir -p runs/logs
     python -m collect.pick_place
-    exec python cal_ql_continuous.py --env-id pick-place "$@"
+    PYTHONUNBUFFERED=1 python cal_ql_continuous.py --env-id pick-place "$@" | tee runs/logs/quickstart.log
+    run="$(sed -n 's/^run: //p' runs/logs/quickstart.log)"
+    if [ -n "$run" ]; then python tools/plot.py --run "$run"; fi # with --help there is no run
     ;;
   test)
     shift
-    install requirements-dev.txt
+    install
     exec python -m pytest -q "$@"
-    ;;
-  antmaze-umaze)
-    shift
-    install requirements.txt
-    # shellcheck disable=SC2086
-    python -m collect.ant_maze umaze $UMAZE_COLLECT
-    # shellcheck disable=SC2086
-    exec python cal_ql_continuous.py --env-id antmaze-umaze $UMAZE_FLAGS "$@"
     ;;
   run-one)
     shift

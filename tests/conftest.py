@@ -14,6 +14,12 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """Undoes what a run in another test has set: on processors with AMX its products are of bfloat16."""
+    torch.set_float32_matmul_precision("highest")
+
+
 def pytest_collection_modifyitems(items):
     """CI has no GPU, so that nobody knows all that torch warns of there: it fails no test."""
     for item in items:

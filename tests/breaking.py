@@ -383,8 +383,10 @@ def break_signals(share: float, rng: random.Random) -> Counts:
     counts, name, number = Counts(), "cal_ql_continuous", math.ceil(30 * share)
     with workplace():
         reference, seconds = finish(name)
-        while counts.total() < number:
-            kind = (signal.SIGINT, signal.SIGTERM)[counts.total() % 2]
+        for attempt_number in range(10 * number):
+            if counts.total() >= number:
+                break
+            kind = (signal.SIGINT, signal.SIGTERM)[attempt_number % 2]
             with open("output", "w") as log:
                 command = [sys.executable, ROOT / f"{name}.py", *flags_of(name)]
                 process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -460,4 +462,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
     sys.exit(main())

@@ -1,6 +1,7 @@
 """Set up before any test module, and through it torch, is imported."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the networks are tiny: a second thread would only wait for the first
 sys.path.insert(0, str(Path(__file__).parents[1]))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in its background without it
 
 import torch  # noqa: E402
 

@@ -29,6 +29,7 @@ GROUP      antmaze, kitchen, adroit   the state tasks of the paper's tables 1 an
            antmaze-umaze              the smallest AntMaze, on data collected here: cal_ql, cql; a run takes over an hour
                                       on a CPU
            pick-place                 the quick start's comparison
+           maze, maze-third           point mazes: all systems, minutes a run; Cal-QL and CQL on a third of the data
            all                        all of these
 OPTIONS    --algos A,B   of cal_ql, cql, cql_sac, sac, sac_offline_data, hybrid_rl, cal_ql_utd20, rlpd, iql, awac, o3f,
                          td3_bc, odt, cal_ql_learned
@@ -73,6 +74,7 @@ command_of() {
   local run="--env-id $2 --seed $3"
   case "$2" in
     pick-place-broad) run="--env-id pick-place --seed $3 --datasets cal-ql/pick-place/broad-v0" ;;
+    point-maze-third) run="--env-id point-maze-large --seed $3 --datasets cal-ql/point-maze/large-third-v0" ;;
     antmaze-umaze) # shorter than the paper's AntMaze, and with smaller networks: docs/antmaze.md has the curves
       run+=" --datasets cal-ql/antmaze/umaze-v0 --offline-steps 50000 --online-steps 30000"
       run+=" --offline-eval-interval 10000 --online-eval-interval 5000"
@@ -136,9 +138,14 @@ commands_of() {
     figure11) tasks="kitchen-partial kitchen-mixed kitchen-complete" algos=cal_ql,cal_ql_learned ;;
     antmaze-umaze) tasks=antmaze-umaze algos=cal_ql,cql ;;
     pick-place) tasks=pick-place algos=cal_ql,cql,sac_offline_data,iql,awac,o3f,td3_bc,odt ;;
+    maze)
+      tasks="point-maze-large point-maze-medium"
+      algos=cal_ql,cql,cql_sac,sac_offline_data,hybrid_rl,iql,o3f,awac,td3_bc,odt
+      ;;
+    maze-third) tasks=point-maze-third algos=cal_ql,cql ;;
     all)
       {
-        for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 antmaze-umaze pick-place; do
+        for group in antmaze kitchen adroit figure2 figure7 figure8 figure11 antmaze-umaze pick-place maze maze-third; do
           commands_of "$group" "$2" "$3"
         done
         for algo in ${visual//,/ }; do # those of visual that are asked for
@@ -191,6 +198,9 @@ collect_for() {
   if grep -q -- cal-ql/pick-place/broad-v0 <<<"$1"; then
     python -m collect.pick_place --episodes 100 --dataset-id cal-ql/pick-place/broad-v0
   fi
+  if grep -q -- point-maze-medium <<<"$1"; then python -m collect.point_maze medium; fi
+  if grep -q -- point-maze-large <<<"$1"; then python -m collect.point_maze large; fi
+  if grep -q -- cal-ql/point-maze/large-third-v0 <<<"$1"; then python -m collect.point_maze large-third; fi
   if grep -q -- '--env-id pick-place-pixels ' <<<"$1"; then python -m collect.pick_place --camera; fi
   if grep -q -- cal-ql/antmaze/umaze-v0 <<<"$1"; then
     python -m collect.ant_maze umaze --frame-skip 10 --episodes 700 # the control step of D4RL

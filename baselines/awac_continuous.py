@@ -224,7 +224,7 @@ class InputError(Exception):
     """Something the user can put right; its message is one sentence that says how."""
 
 
-# Key of its SETTINGS, datasets whose episodes are joined, and cells (row, column) of a maze's one start and one goal.
+# Key of its SETTINGS, datasets whose episodes are joined, cells (row, column) of a maze's start (if only one) and goal.
 Task = namedtuple("Task", "domain datasets cells", defaults=[()])
 TASKS: dict[str, Task] = {
     "antmaze-umaze": Task("antmaze", ("D4RL/antmaze/umaze-v1",), ((3, 1), (1, 1))),
@@ -238,9 +238,11 @@ TASKS: dict[str, Task] = {
     "relocate-binary": Task("adroit", ("D4RL/relocate/human-v2", "D4RL/relocate/cloned-v2")),
     **{f"kitchen-{kind}": Task("kitchen", (f"D4RL/kitchen/{kind}-v2",)) for kind in ("complete", "partial", "mixed")},
     "pick-place": Task("pick-place", ("cal-ql/pick-place/narrow-v0",)),
+    "point-maze-medium": Task("point-maze", ("cal-ql/point-maze/medium-v0",), ((6, 6),)),
+    "point-maze-large": Task("point-maze", ("cal-ql/point-maze/large-v0",), ((7, 9),)),
 }
 # The entries of a dictionary observation that make up the state, where the task's one goal tells nothing; else all.
-STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observation",)}
+STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observation",), "point-maze": ("observation",)}
 
 
 # --- Settings of the tasks --------------------------------------------------------------------------------------------
@@ -258,6 +260,10 @@ SETTINGS: dict[str, dict] = {
     "pick-place": dict(online_env="collect.pick_place:cal-ql/PickPlace-v0", gamma=0.96, batch_size=128,
         mixing_ratio=-1.0, temperature=0.3, critic_layer_norm=True, reward_bias=-1.0, offline_steps=2_400,
         online_steps=7_000, offline_eval_interval=600, online_eval_interval=500, eval_episodes=40),
+    "point-maze": dict(gamma=0.98, tau=0.02, batch_size=128, critic_layer_norm=True, mixing_ratio=-1.0,
+        offline_steps=6_000, online_steps=6_000, offline_eval_interval=500, online_eval_interval=500),
+    "point-maze-medium": dict(online_env="collect.point_maze:cal-ql/PointMazeMedium-v0"),
+    "point-maze-large": dict(online_env="collect.point_maze:cal-ql/PointMazeLarge-v0"),
     "any other": dict(batch_size=1024, mixing_ratio=-1.0),
 }  # fmt: skip
 
@@ -266,8 +272,6 @@ SETTINGS: dict[str, dict] = {
 def to_state(observation, space: gym.Space, keys: tuple, leading: tuple[int, ...], source: str) -> np.ndarray:
     """Flattens observations to [*leading, O], in the order of the data's space; no `keys` means all."""
     if isinstance(space, gym.spaces.Dict):
-        if observation.keys() != space.keys():
-            raise InputError(f"{source}: the observations have the keys {[*observation]}, not {[*space]}.")
         return np.concatenate([to_state(observation[k], space[k], (), leading, source) for k in keys or space], axis=-1)
     if not isinstance(space, gym.spaces.Box) or (space.dtype == np.uint8 and len(space.shape) == 3):
         raise InputError(f"{source}: observations of {space} are not supported; images are for cal_ql_pixels.py.")
@@ -292,9 +296,10 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
     finite = all(np.isfinite(column).all() for column in (actions, rewards, terminations, success))
     if shapes != [(steps, *box.shape), *[(steps,)] * 3] or not finite or (np.abs(actions) > 1.0001).mean() > 0.2:
         raise InputError(f"{source}: columns of other shapes, values not finite, or actions out of their box")
-    if task.domain == "antmaze":  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
-        maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[1]
-        goal = 4.0 * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])  # cells of 4 m
+    if task.cells:  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
+        maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[-1]
+        cell_size = 4.0 if task.domain == "antmaze" else 1.0  # in metres
+        goal = cell_size * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])
         rewards = terminations = np.linalg.norm(states[1:, :2] - goal, axis=1) <= 0.45  # the environment's threshold
     elif task.domain == "adroit":  # failures are dropped, the rest is cut after the last success (appendix G.3)
         end = np.flatnonzero(success).max(initial=0)  # step t's success is entry t + 1: entry 0 is the reset's
@@ -307,21 +312,17 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
     """The task, its first dataset, whose spaces bind all, and the episodes of use of all. Raises InputError."""
     task, datasets, episodes = TASKS.get(args.env_id, Task("any other", (args.env_id,))), [], []
     for dataset_id in args.datasets or task.datasets:
-        path, hint = minari.storage.get_dataset_path(dataset_id), "is it whole, and of this task?"
-        if not path.exists():
-            hint = f"cal-ql/... needs `collect`, others a network or MINARI_DATASETS_PATH; tasks: {', '.join(TASKS)}"
-            print(f"{dataset_id} is not at {path}", flush=True)
+        print(f"data: {dataset_id}", flush=True)
         try:
             datasets.append(minari.load_dataset(dataset_id, download=not dataset_id.startswith("cal-ql/")))
             episodes += [to_episode(data, datasets[0], task) for data in datasets[-1]]
         except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
-            raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300} ({hint}).") from error
+            there = minari.storage.get_dataset_path(dataset_id).exists()
+            hint = "" if there else f"; cal-ql/... needs `collect`, others a network; the tasks are {', '.join(TASKS)}"
+            raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300}{hint}.") from error
     if not any(episode.rewards.any() for episode in episodes):
         raise InputError(f"no episode of {[dataset.id for dataset in datasets]} has a reward in {args.env_id}.")
-    clipped = np.mean(np.abs(np.concatenate([episode.actions for episode in episodes])) > 1)
-    offline = [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
-    print(f"data: {len(offline)} of {len(episodes)} episodes, {clipped:.2%} of their actions' entries clipped")
-    return task, datasets[0], offline
+    return task, datasets[0], [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
 
 
 # --- Replay (common) --------------------------------------------------------------------------------------------------
@@ -476,7 +477,6 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(offline, args)
     torch.manual_seed(args.seed)
     agent, optimizer = make_agent(offline, args)
-    del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
     update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:
@@ -505,7 +505,6 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
         wandb.init(name=run.name, id=run.name, config=vars(args), sync_tensorboard=True, resume="allow")
     writer = SummaryWriter(str(run), purge_step=progress.step + 1)  # after wandb.init, which hooks into it
-    writer.add_text("settings", str(vars(args)))
     (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run: {run}", *(f"  {k} {v}" for k, v in vars(args).items() if v != getattr(Args, k)), sep="\n")
     began = time.time() - progress.wall_time  # as if the run had never paused

@@ -352,21 +352,17 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
     """The task, its first dataset, whose spaces bind all, and the episodes of use of all. Raises InputError."""
     task, datasets, episodes = TASKS.get(args.env_id, Task("any other", (args.env_id,))), [], []
     for dataset_id in args.datasets or task.datasets:
-        path, hint = minari.storage.get_dataset_path(dataset_id), "is it whole, and of this task?"
-        if not path.exists():
-            hint = f"cal-ql/... needs `collect`, others a network or MINARI_DATASETS_PATH; tasks: {', '.join(TASKS)}"
-            print(f"{dataset_id} is not at {path}", flush=True)
+        print(f"data: {dataset_id}", flush=True)
         try:
             datasets.append(minari.load_dataset(dataset_id, download=not dataset_id.startswith("cal-ql/")))
             episodes += [to_episode(data, datasets[0], task) for data in datasets[-1]]
         except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
-            raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300} ({hint}).") from error
+            there = minari.storage.get_dataset_path(dataset_id).exists()
+            hint = "" if there else f"; cal-ql/... needs `collect`, others a network; the tasks are {', '.join(TASKS)}"
+            raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300}{hint}.") from error
     if not any(episode.rewards.any() for episode in episodes):
         raise InputError(f"no episode of {[dataset.id for dataset in datasets]} has a reward in {args.env_id}.")
-    clipped = np.mean(np.abs(np.concatenate([episode.actions for episode in episodes])) > 1)
-    offline = [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
-    print(f"data: {len(offline)} of {len(episodes)} episodes, {clipped:.2%} of their actions' entries clipped")
-    return task, datasets[0], offline
+    return task, datasets[0], [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]
 
 
 # --- Replay -----------------------------------------------------------------------------------------------------------
@@ -532,7 +528,6 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(offline, args)
     torch.manual_seed(args.seed)
     agent, optimizer = make_agent(offline, args)
-    del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
     update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:
@@ -561,7 +556,6 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
 
         wandb.init(name=run.name, id=run.name, config=vars(args), sync_tensorboard=True, resume="allow")
     writer = SummaryWriter(str(run), purge_step=progress.step + 1)  # after wandb.init, which hooks into it
-    writer.add_text("settings", str(vars(args)))
     (run / "config.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     print(f"run: {run}", *(f"  {k} {v}" for k, v in vars(args).items() if v != getattr(Args, k)), sep="\n")
     began = time.time() - progress.wall_time  # as if the run had never paused

@@ -105,6 +105,26 @@ def test_point_maze_starts_anywhere_and_has_one_goal(maze, cells, reach):
     assert terminated and steps < 50
 
 
+@pytest.mark.parametrize("size, goal", [("medium", (2.5, -2.5)), ("large", (3.5, -3.0))])
+def test_point_maze_is_relabelled_to_its_goal(size, goal, tmp_path, monkeypatch):
+    """By positions, as AntMaze; the task's environment is that goal's, whatever else the data's kwargs say."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    data = point_maze.collect(point_maze.Args(size, episodes=40))
+    args, _ = script.parse_args(["--env-id", f"point-maze-{size}"])
+    task, dataset, offline = script.load_data(args)
+    arrived = [np.linalg.norm(batch.next_observations[:, :2] - goal, axis=1) <= 0.45 for batch in offline]
+    assert len(offline) == 40 and 0 < np.concatenate(arrived).mean() < 0.2
+    for batch, at_goal, episode in zip(offline, arrived, data, strict=True):
+        assert batch.observations.shape == (100, 4)  # position and velocity
+        np.testing.assert_array_equal(batch.observations, episode.observations["observation"][:-1].astype(np.float32))
+        np.testing.assert_array_equal(batch.terminations, at_goal)
+        np.testing.assert_array_equal(at_goal, episode.infos["success"][1:])
+        np.testing.assert_array_equal(batch.rewards, 10 * at_goal.astype(np.float32) - 5)
+    env = script.make_env(dataset, task, args)
+    assert env.unwrapped.goal.tolist() == list(goal) and env.spec.max_episode_steps == 100 and env.unwrapped.hold == 10
+    assert not env.unwrapped.continuing_task and env.reset(seed=3)[0].shape == (4,)
+
+
 def distance(towards: dict, cell: tuple, goal: tuple) -> int:
     return 0 if cell == goal else 1 + distance(towards, towards[cell], goal)
 

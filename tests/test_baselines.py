@@ -615,11 +615,39 @@ def test_bad_input_is_refused_in_one_sentence(script, settings, message):
     assert str(error.value).startswith(message) and str(error.value).endswith(".")
 
 
+def test_point_mazes_have_antmazes_settings_but_for_their_size():
+    """What a rival learns with is AntMaze's; the task alone, not the system, sets discount, batch, layer norm, tau."""
+    protocol = {"env_id", "online_env", "offline_steps", "online_steps", "offline_eval_interval"}
+    protocol |= {"online_eval_interval", "gamma", "tau", "batch_size", "critic_layer_norm"}
+    for script in (*FROM_STATES, SAC):
+        large, medium, ant = (
+            vars(script.parse_args(["--env-id", task])[0])
+            for task in ("point-maze-large", "point-maze-medium", "antmaze-large-play")
+        )
+        differing = {name for name in large if large[name] != ant[name]}
+        assert differing - {"critic_layers"} <= protocol and (script is SAC) == ("critic_layers" in differing)
+        assert {name for name in large if large[name] != medium[name]} == {"env_id", "online_env"}
+        assert (large["gamma"], large["tau"], large["batch_size"], large["critic_layer_norm"]) == (
+            0.98,
+            0.02,
+            128,
+            True,
+        )
+
+
 def test_settings():
     """Of all domains, and of pen, which alone has some of its own: those of the paper, and Cal-QL's protocol."""
     tasks = ["antmaze-large-play", "door-binary", "pen-binary", "kitchen-mixed", "pick-place", "someone/else-v0"]
     for script in (*FROM_STATES, SAC, LEARNED):
-        assert script.SETTINGS.keys() <= {"antmaze", "adroit", "pen-binary", "kitchen", "pick-place", "any other"}
+        mazes = {"point-maze", "point-maze-medium", "point-maze-large"}
+        assert script.SETTINGS.keys() - mazes <= {
+            "antmaze",
+            "adroit",
+            "pen-binary",
+            "kitchen",
+            "pick-place",
+            "any other",
+        }
     cal_ql, iql, awac, td3_bc, sac = (
         {task: script.parse_args(["--env-id", task, "--device", "cpu"])[0] for task in tasks}
         for script in (CAL_QL, *FROM_STATES, SAC)

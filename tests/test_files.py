@@ -101,7 +101,10 @@ def test_dry_run_prints_commands_that_parse():
     commands = commands_of("all")
     assert len(commands) > 60 and len({str(command) for command in commands}) == len(commands)
     others = sorted({(args.env_id, *args.datasets) for _, args in commands if args.datasets})
-    assert others == [("antmaze-umaze", "cal-ql/antmaze/umaze-v0"), ("pick-place", "cal-ql/pick-place/broad-v0")]
+    assert others == [
+        ("antmaze-umaze", "cal-ql/antmaze/umaze-v0"), ("pick-place", "cal-ql/pick-place/broad-v0"),
+        ("point-maze-large", "cal-ql/point-maze/large-third-v0"),
+    ]  # fmt: skip
 
 
 def test_rlpd_begins_and_is_rewarded_as_its_authors_have_it():

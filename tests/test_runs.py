@@ -266,7 +266,7 @@ def test_a_renamed_copy_alone_is_killed_stopped_and_goes_on(tmp_path, monkeypatc
     # What is piped has no progress bar; but for the run's own path, no line is wider than a terminal of old.
     assert (code, errors) == (0, "") and "\r" not in output
     lines = output.replace(str(run), "<run>").splitlines()
-    assert lines[0] == "data: 3 of 3 episodes, 0.00% of their actions' entries clipped"
+    assert lines[0] == "data: mine/pendulum-v0"
     assert lines[1:3] == ["run: <run>", "  env_id mine/pendulum-v0"] and max(map(len, lines)) <= 80
     assert re.fullmatch(r"online +\d+  score -\d+\.\d{3}  Q -?\d+\.\d  Monte-Carlo return -?\d+\.\d", lines[-2])
     assert re.fullmatch(r"done: [\d,]+ updates, [\d,]+ environment steps, <run>/eval\.csv", lines[-1])

@@ -299,9 +299,9 @@ SETTINGS: dict[str, dict] = {
     "pick-place": dict(online_env="collect.pick_place:cal-ql/PickPlace-v0", gamma=0.96, batch_size=128, num_actions=4,
         critic_layer_norm=True, reward_scale=11.0, reward_bias=-1.0, offline_steps=2_400, online_steps=7_000,
         offline_eval_interval=600, online_eval_interval=500, eval_episodes=40),
-    "point-maze": dict(gamma=0.98, tau=0.02, actor_lr=3e-4, batch_size=128, num_actions=4, critic_layer_norm=True,
-        reward_scale=10.0, reward_bias=-5.0, offline_steps=6_000, online_steps=6_000, offline_eval_interval=500,
-        online_eval_interval=500),
+    "point-maze": dict(actor_layers=(128, 128), critic_layers=(128, 128), gamma=0.98, tau=0.02, actor_lr=3e-4,
+        batch_size=128, num_actions=4, critic_layer_norm=True, reward_scale=10.0, reward_bias=-5.0, offline_steps=6_000,
+        online_steps=6_000, offline_eval_interval=500, online_eval_interval=500),
     "point-maze-medium": dict(online_env="collect.point_maze:cal-ql/PointMazeMedium-v0"),
     "point-maze-large": dict(online_env="collect.point_maze:cal-ql/PointMazeLarge-v0"),
 }  # fmt: skip

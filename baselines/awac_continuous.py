@@ -261,7 +261,7 @@ SETTINGS: dict[str, dict] = {
         mixing_ratio=-1.0, temperature=0.3, critic_layer_norm=True, reward_bias=-1.0, offline_steps=2_400,
         online_steps=7_000, offline_eval_interval=600, online_eval_interval=500, eval_episodes=40),
     "point-maze": dict(gamma=0.98, tau=0.02, batch_size=128, critic_layer_norm=True, mixing_ratio=-1.0,
-        offline_steps=6_000, online_steps=6_000, offline_eval_interval=500, online_eval_interval=500),
+        temperature=0.3, offline_steps=6_000, online_steps=6_000, offline_eval_interval=500, online_eval_interval=500),
     "point-maze-medium": dict(online_env="collect.point_maze:cal-ql/PointMazeMedium-v0"),
     "point-maze-large": dict(online_env="collect.point_maze:cal-ql/PointMazeLarge-v0"),
     "any other": dict(batch_size=1024, mixing_ratio=-1.0),

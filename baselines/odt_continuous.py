@@ -252,7 +252,7 @@ SETTINGS: dict[str, dict] = {
         num_heads=2, batch_size=64, context_length=5, lr=1e-3, warmup_updates=1_000, updates_per_episode=10,
         offline_steps=2_400, online_steps=7_000, offline_eval_interval=600, online_eval_interval=500, eval_episodes=40),
     "point-maze": dict(embedding_dim=128, num_layers=3, num_heads=2, batch_size=64, context_length=5, lr=1e-3,
-        warmup_updates=1_000, updates_per_episode=10, offline_steps=6_000, online_steps=6_000,
+        warmup_updates=1_000, updates_per_episode=10, offline_steps=3_000, online_steps=6_000,
         offline_eval_interval=500, online_eval_interval=500),
     "point-maze-medium": dict(online_env="collect.point_maze:cal-ql/PointMazeMedium-v0"),
     "point-maze-large": dict(online_env="collect.point_maze:cal-ql/PointMazeLarge-v0"),

@@ -271,7 +271,7 @@ SETTINGS: dict[str, dict] = {
     "pick-place": dict(online_env="collect.pick_place:cal-ql/PickPlace-v0", gamma=0.96, batch_size=128,
         actor_interval=2, critic_layer_norm=True, reward_bias=-1.0, offline_steps=2_400, online_steps=7_000,
         offline_eval_interval=600, online_eval_interval=500, eval_episodes=40),
-    "point-maze": dict(gamma=0.98, tau=0.02, batch_size=128, critic_layer_norm=True, actor_interval=2,
+    "point-maze": dict(gamma=0.98, tau=0.02, batch_size=128, critic_layer_norm=True, actor_interval=2, alpha=10.0,
         normalize_states=False, reward_bias=-1.0, offline_steps=6_000, online_steps=6_000, offline_eval_interval=500,
         online_eval_interval=500),
     "point-maze-medium": dict(online_env="collect.point_maze:cal-ql/PointMazeMedium-v0"),

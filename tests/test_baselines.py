@@ -616,16 +616,16 @@ def test_bad_input_is_refused_in_one_sentence(script, settings, message):
 
 
 def test_point_mazes_have_antmazes_settings_but_for_their_size():
-    """What a rival learns with is AntMaze's; the task alone, not the system, sets discount, batch, layer norm, tau."""
+    """The task, not the system, sets discount, batch, layer norm, tau; one setting of each is chosen (docs/mazes.md)."""
     protocol = {"env_id", "online_env", "offline_steps", "online_steps", "offline_eval_interval"}
     protocol |= {"online_eval_interval", "gamma", "tau", "batch_size", "critic_layer_norm"}
-    for script in (*FROM_STATES, SAC):
+    for script, chosen in zip((*FROM_STATES, SAC), ("expectile", "temperature", "alpha", "critic_layers"), strict=True):
         large, medium, ant = (
             vars(script.parse_args(["--env-id", task])[0])
             for task in ("point-maze-large", "point-maze-medium", "antmaze-large-play")
         )
         differing = {name for name in large if large[name] != ant[name]}
-        assert differing - {"critic_layers"} <= protocol and (script is SAC) == ("critic_layers" in differing)
+        assert differing - protocol == {chosen}
         assert {name for name in large if large[name] != medium[name]} == {"env_id", "online_env"}
         assert (large["gamma"], large["tau"], large["batch_size"], large["critic_layer_norm"]) == (
             0.98,

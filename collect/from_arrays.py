@@ -202,7 +202,8 @@ def check_columns(data: Data) -> None:
 def mark_cuts(data: Data, jumps: str) -> None:
     """Marks rows that the next one does not follow as cut off. Raises InputError where that is not clear.
 
-    Without next observations, such a row shows where most entries move more than 20 times as far as they mostly do.
+    Without next observations, such a row shows where the entries move more than 4 times as far, on average, as each of
+    them does in nine of ten rows. An entry counts 10 times at most, so that a few that mostly rest make no jump.
     """
     (rows,) = np.nonzero(~(data.terminations | data.truncations)[:-1])
     vectors = [values for values in data.observations.values() if values.ndim == 2]
@@ -219,14 +220,14 @@ def mark_cuts(data: Data, jumps: str) -> None:
             )
     else:
         moves = np.concatenate([np.abs(np.diff(values.astype(float), axis=0))[rows] for values in vectors], axis=1)
-        usual = np.median(moves, axis=0)
-        far = np.median(moves[:, usual > 0] / usual[usual > 0], axis=1) if usual.any() else np.zeros(len(rows))
-        cuts, what = rows[far > 20] if jumps != "keep" else rows[:0], "the observation jumps"
+        usual = np.quantile(moves, 0.9, axis=0, method="lower")
+        far = np.minimum(moves[:, usual > 0] / usual[usual > 0], 10).mean(1) if usual.any() else np.zeros(len(rows))
+        cuts, what = rows[far > 4] if jumps != "keep" else rows[:0], "the observation jumps"
         if len(cuts) and jumps == "refuse":
             raise InputError(
-                f"from row {cuts[0]} to row {cuts[0] + 1} the observation moves {far.max():.0f} times as far as usual, "
-                f"and no episode's end is marked there ({len(cuts)} such rows): --jumps split ends episodes there, "
-                "--jumps keep takes these rows as one episode's."
+                f"from row {cuts[0]} to row {cuts[0] + 1} the observation moves many times as far as usual, and no "
+                f"episode's end is marked there ({len(cuts)} such rows): --jumps split ends episodes there, --jumps "
+                "keep takes these rows as one episode's."
             )
     data.truncations[cuts] = True
     if len(cuts):
@@ -242,7 +243,7 @@ def find_bounds(data: Data, args: Args, limit: int | None) -> list[tuple[int, in
     """First step and end of every episode. Raises InputError.
 
     What terminates in the last step of the time `limit` with no success and no higher reward there becomes a time-out.
-    Where no limit is known, two or more such ends after the longest length are suspect.
+    Two or more such ends after the longest length are refused where no limit is known, and noted where it is another.
     """
     steps = len(data.actions)
     if data.starts is None:
@@ -262,7 +263,8 @@ def find_bounds(data: Data, args: Args, limit: int | None) -> list[tuple[int, in
         limit, rewarded = args.time_limit, np.zeros(len(bounds), bool)  # whatever the reward
         if limit not in lengths:
             raise InputError(f"--time-limit {limit}: no episode has this length; the longest has {longest}.")
-    suspects = last[data.terminations[last] & ~rewarded & (lengths == (limit or longest))]
+    late = data.terminations[last] & ~rewarded
+    suspects, equal = last[late & (lengths == (limit or longest))], np.sum(late & (lengths == longest))
     if args.true_ends:
         return bounds
     if limit is None and len(suspects) > 1:
@@ -275,6 +277,11 @@ def find_bounds(data: Data, args: Args, limit: int | None) -> list[tuple[int, in
             f"{len(suspects)} episodes that terminate after {limit} steps, the time limit, are saved as cut off there"
         )
         data.terminations[suspects], data.truncations[suspects] = False, True
+    if args.time_limit is None and limit not in (None, longest) and equal > 1:
+        print(
+            f"note: {equal} of {len(bounds)} episodes terminate after {longest} steps, the longest length, with no "
+            f"higher reward there; the environment's limit is {limit}: if time was up, use --time-limit {longest}"
+        )
     return bounds
 
 

@@ -616,7 +616,7 @@ def test_bad_input_is_refused_in_one_sentence(script, settings, message):
 
 
 def test_point_mazes_have_antmazes_settings_but_for_their_size():
-    """The task, not the system, sets discount, batch, layer norm, tau; one setting of each is chosen (docs/mazes.md)."""
+    """The task sets discount, batch, layer norm and tau; one setting of each is chosen (docs/mazes.md)."""
     protocol = {"env_id", "online_env", "offline_steps", "online_steps", "offline_eval_interval"}
     protocol |= {"online_eval_interval", "gamma", "tau", "batch_size", "critic_layer_norm"}
     for script, chosen in zip((*FROM_STATES, SAC), ("expectile", "temperature", "alpha", "critic_layers"), strict=True):

@@ -182,15 +182,17 @@ def test_terminations_that_are_timeouts(folder, capsys):
     assert terminated(convert(folder, columns | {"rewards": columns["terminations"].astype(float)})) == 4 * [True]
 
 
-def test_the_environment_tells_the_time_limit(folder):
+def test_the_environment_tells_the_time_limit(folder, capsys):
     """Hopper's is 1,000 steps: two equal falls are falls, one in the last step of the time is a time-out."""
     columns = {"observations": np.zeros((1010, 11)), "actions": np.linspace([-1, 0, 0], [0, 1, 1], 1010)}
     columns |= {"rewards": np.zeros(1010), "truncations": np.zeros(1010, bool)}
     columns["terminations"] = np.isin(np.arange(1010), (4, 9, 1009))
     assert terminated(convert(folder, columns, "--env-id", "Hopper-v5")) == [True, True, False]
     assert terminated(convert(folder, columns, "--env-id", "Hopper-v5", "--true-ends")) == [True, True, True]
+    assert "the environment's limit is" not in capsys.readouterr().out
     falls = {name: values[:10] for name, values in columns.items()}
     assert terminated(convert(folder, falls, "--env-id", "Hopper-v5")) == [True, True]
+    assert "the environment's limit is 1000" in capsys.readouterr().out  # 5 may have been the recording's
 
 
 def test_unmarked_ends(folder, capsys):
@@ -203,11 +205,27 @@ def test_unmarked_ends(folder, capsys):
     path = np.linspace([0, 0, 0], [11, 22, 33], 12)
     path[8:] += 100
     jumping = make_columns() | {"observations": path, "truncations": np.zeros(12, bool)}
-    assert "from row 7 to row 8 the observation moves 51 times as far as usual" in refusal(folder, capsys, jumping)
+    assert "from row 7 to row 8 the observation moves many times as far" in refusal(folder, capsys, jumping)
     assert lengths_of(convert(folder, jumping, "--jumps", "split")) == [3, 4, 4]
     assert lengths_of(convert(folder, jumping, "--jumps", "keep")) == [3, 9]
     jumping["terminations"] = np.zeros(12, bool)
     assert "no step has a termination" in refusal(folder, capsys, jumping, "--jumps", "keep")
+
+
+@pytest.mark.parametrize("rest, size", [(0.8, 0), (0, 6), (0.8, 20)])
+def test_a_jump_is_told_from_the_bursts_of_a_hand_that_mostly_rests(folder, capsys, rest, size):
+    """Ten entries; in a share `rest` of the rows they move by noise alone, and `size` times as far at the jump."""
+    rng = np.random.default_rng(0)
+    moves = rng.uniform(0.5, 1, (200, 10)) * rng.choice([-1, 1], (200, 10))
+    moves[rng.uniform(size=200) < rest] *= 1e-4
+    moves[120] = size or 1
+    columns = {"observations": moves.cumsum(0), "actions": np.linspace([-1, 0], [0, 1], 200), "rewards": np.zeros(200)}
+    columns |= {"terminations": np.zeros(200, bool), "truncations": np.arange(200) == 199}
+    assert lengths_of(convert(folder, columns, "--jumps", "split")) == ([119, 79] if size else [199])
+    if size:
+        assert "from row 119 to row 120" in refusal(folder, capsys, columns)
+    else:
+        assert lengths_of(convert(folder, columns)) == [199]
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -193,18 +194,24 @@ def test_a_diverged_group_does_not_flatten_the_panel(tmp_path):
     assert ax.get_title("left") == "Hybrid RL leaves this panel: Q comes to 2.0M"
 
 
-def test_one_run_in_three_lines(tmp_path, capsys, monkeypatch):
+def test_one_run_in_four_lines(tmp_path, capsys, monkeypatch):
+    """None is wider than a terminal of old, and the shell finds the folder that is meant."""
     monkeypatch.setattr(plot, "RESULTS", tmp_path / "results")
-    run = write(tmp_path, "pick-place__cal_ql_continuous__7__1", [0, 0.4], [0.5, 0.6, 0.8])
-    assert plot.main(["--run", str(run), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.startswith("Success: 40% before fine-tuning, 80% after.\n")
+    monkeypatch.chdir(tmp_path)
+    name = "pick-place__cal_ql_continuous__7__1795853152701315175"
+    run = write(tmp_path / "runs", name, [0, 0.4], [0.5, 0.6, 0.8])
+    assert plot.main(["--run", str(run)]) == 0
+    assert capsys.readouterr().out.startswith("Success: 40% before, 80% after fine-tuning.\n")
     for seed, gamma in [(1, 0.96), (2, 0.96), (3, 0.5)]:
         name, scores = f"pick-place__cal_ql_continuous__{seed}__1", ([0, 0.1 * seed], [0.5, 0.5, 1 - 0.1 * seed])
         write(tmp_path / "results" / "pick-place", name, *scores, gamma=gamma)
-    assert plot.main(["--run", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert plot.main(["--run", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "80% after (2 published seeds: 10 to 20% and 80 to 90%)." in lines[0]
-    assert "checkpoint.pt" in lines[1] and f"{tmp_path}/out/run.png" in lines[1] and "--film" in lines[2]
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+    assert lines[0] == "Success: 40% before, 80% after fine-tuning (2 seeds: 10 to 20%, 80 to 90%)."
+    assert lines[1] == "Policy: runs/*1795853152701315175/checkpoint.pt; curve: figures/run.png"
+    assert Path("figures/run.png").is_file() and lines[2].endswith("tools/plot.py --film runs/*1795853152701315175")
+    assert [path.resolve() for path in Path().glob("runs/*1795853152701315175")] == [run]
 
 
 def test_values_of_a_maze(monkeypatch):

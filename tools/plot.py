@@ -3,7 +3,7 @@
     python tools/plot.py                                   # all of runs/, into figures/
     python tools/plot.py "runs/pick-place__*" --out curves # some of them, into another folder
     python tools/plot.py results/*/ --peers peers.csv      # published runs, beside another code base's
-    python tools/plot.py --run runs/<run>                  # one run: run.png, and in three lines how well it did
+    python tools/plot.py --run runs/<run>                  # one run: run.png, and in four lines how well it did
     python tools/plot.py --film runs/<run>                 # film.png, an episode of that run's policy
     python tools/plot.py --values runs/<run> runs/<run>    # values.png, for mazes: max_a Q(s, a) beside the returns
 
@@ -543,8 +543,9 @@ def draw_all(groups: Groups, out: Path, reps: int, peers: pd.DataFrame | None, t
 
 # --- One run ----------------------------------------------------------------------------------------------------------
 def summarise_run(run: Run, picture: Path) -> str:
-    """Three lines: success beside that of published seeds, where the policy and the curve are, what comes next."""
-    percent, folder = has_score({"": [run]}), os.path.relpath(run.folder)
+    """Four lines: success beside that of published seeds, where the policy and the curve are, what comes next."""
+    percent, folder = has_score({"": [run]}), Path(os.path.relpath(run.folder))
+    short = folder.parent / f"*{folder.name.rsplit('__', 1)[-1]}"  # the shell finds it, and the line has 80 columns
     python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"  # that which is in no PATH
 
     def span(runs: list[Run], phase: str) -> str:
@@ -561,13 +562,15 @@ def summarise_run(run: Run, picture: Path) -> str:
     phases = ["offline"] + ["online"] * (len(run.online) > 0)
     text = "Success was not evaluated"
     if run.rows.score.notna().all():
-        text = f"{'Success' if percent else 'Return'}: {span([run], 'offline')} before fine-tuning"
-        text += f", {span([run], 'online')} after" * (len(run.online) > 0)
+        text = f"{'Success' if percent else 'Return'}: {span([run], 'offline')} before"
+        text += f", {span([run], 'online')} after fine-tuning" if len(run.online) else " fine-tuning"
         if seeds:
-            text += f" ({len(seeds)} published seeds: {' and '.join(span(seeds, phase) for phase in phases)})"
-    lines = [f"{text}.", f"The policy is {folder}/checkpoint.pt, the curve {picture}."]
-    lines += [f"Next: {python} tools/plot.py --film {folder}, ./benchmark.sh antmaze-umaze, or docs/own_data.md."]
-    return "\n".join(lines)
+            text += f" ({len(seeds)} seeds: {', '.join(span(seeds, phase) for phase in phases)})"
+    return (
+        f"{text}.\nPolicy: {short}/checkpoint.pt; curve: {picture}\n"
+        f"Film: {python} tools/plot.py --film {short}\n"
+        "Next: ./benchmark.sh antmaze-umaze, or your own data, docs/own_data.md"
+    )
 
 
 def load_script(run: Path):

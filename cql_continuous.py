@@ -571,7 +571,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     # Phase 1: offline pre-training, from the first evaluation of a new run to the one at the switch.
     if not progress.rows:
         evaluate_and_save(evaluation_due=True)
-    for _ in tqdm(range(progress.updates, args.offline_steps), "offline", disable=None):
+    for _ in tqdm(range(progress.updates, args.offline_steps), f"offline from {progress.updates:,}", disable=None):
         progress.updates += 1
         progress.step += 1
         metrics = update_fns["offline", progress.updates % args.actor_interval == 0](buffer.sample(args.batch_size))

@@ -152,8 +152,8 @@ def describe_actions(case: Case) -> list[Finding]:
                 "The Lagrange version's target gap of 0.8 presupposes actions that fill the box; here its multiplier "
                 "goes to 0 and nothing conservative is left: use --no-cql-lagrange, or declare a narrower box."),
         finding("actions at the edge", f"{edge:.1%}", "Beyond 0.99 of the box; few, so log-densities stay small.",
-                edge > 0.2, "Beyond 0.99 of the box: a policy that imitates them has large log-densities, so that with "
-                "importance weights its actions, and Cal-QL's floor under them, count little in the log-sum-exp."),
+                edge > 0.2, "Beyond 0.99 of the box: a policy that comes close to them has large log-densities, and "
+                "with importance weights its actions count less in the log-sum-exp (measured in docs/tasks.md)."),
         finding("actions clipped", f"{outside:.2%}", "Entries outside of the box, which are clipped to it.",
                 outside > 0.05, "Many entries are outside of the box and clipped: the policy imitates other actions."),
     ]  # fmt: skip

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -297,6 +297,20 @@ def test_a_missing_package_is_one_sentence():
 
 
 # --- report.py --------------------------------------------------------------------------------------------------------
+def test_the_authors_code_stands_beside_ours(tmp_path):
+    lines = ["code,algorithm,seed,updates,mean_q,bound_rate,alpha,success"]
+    for k, (code, algorithm, seed) in enumerate(product(("ours", "authors (JAX)"), ("Cal-QL", "CQL"), (1, 2))):
+        lines += [f"{code},{algorithm},{seed},{updates},{k},0.5,1,{updates / 100}" for updates in (0, 100)]
+    (tmp_path / "authors.csv").write_text("\n".join(lines))
+    fig = report.draw_authors(tmp_path / "authors.csv")
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["Cal-QL: mean Q", "Cal-QL: bound rate"] and len(fig.axes) == 8
+    # Two seeds and their mean, of ours and then of the authors', which are dashed.
+    assert [line.get_ydata().tolist() for line in fig.axes[4].lines] == [[q, q] for q in (2, 3, 2.5, 6, 7, 6.5)]
+    assert [line.get_linestyle() for line in fig.axes[4].lines] == 3 * ["-"] + 3 * ["--"]
+    assert fig.axes[3].lines[2].get_ydata().tolist() == [0, 1]
+    assert [text.get_text() for text in fig.legends[0].texts] == ["ours, 2 seeds", "authors (JAX), 2 seeds"]
+
+
 def test_report_publishes_runs_fills_tables_and_draws(tmp_path, capsys):
     root, page = ["--root", str(tmp_path), "--reps", "50"], tmp_path / "docs" / "page.md"
     page.parent.mkdir()

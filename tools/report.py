@@ -24,7 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 try:
+    import pandas as pd
     import tyro
+    from matplotlib.figure import Figure
 
     from tools import plot
 except ImportError as error:
@@ -134,6 +136,29 @@ def add_run(run: Path, variant: str, results: Path) -> Path:
     return folder
 
 
+def draw_authors(path: Path) -> Figure:
+    """The authors' code beside ours on the same data: each seed a thin line, the mean over seeds a thick one."""
+    table = pd.read_csv(path)
+    panels = {"mean_q": "mean Q", "bound_rate": "bound rate", "alpha": "temperature", "success": "success"}
+    styles = {"ours": dict(color="#0072B2"), "authors (JAX)": dict(color="#D55E00", linestyle="--")}
+    fig = Figure(figsize=(13, 5.6), dpi=100, layout="constrained")
+    axes = fig.subplots(2, len(panels), sharex=True, sharey="col")
+    for row, algorithm in zip(axes, ("Cal-QL", "CQL"), strict=True):
+        for ax, (column, title) in zip(row, panels.items(), strict=True):
+            for code, style in styles.items():
+                runs = table[(table.code == code) & (table.algorithm == algorithm)]
+                curves = runs.pivot(index="updates", columns="seed", values=column)
+                ax.plot(curves, linewidth=0.7, alpha=0.6, **style)
+                ax.plot(curves.mean(axis=1), linewidth=2, label=f"{code}, {curves.shape[1]} seeds", **style)
+            ax.set_title(f"{algorithm}: {title}", fontsize=10)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("updates")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    return fig
+
+
 @dataclass
 class Args:
     check: bool = False  # write nothing, and tell by the exit code whether the tables are what results/ say
@@ -167,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         peers = plot.read_peers(path) if path.is_file() else None
         for task, algorithms in groups.items():
             plot.draw_all({task: algorithms}, args.root / "docs" / "figures" / task, args.reps, peers, table=False)
+        if (path := results / "point-maze-authors.csv").is_file():
+            draw_authors(path).savefig(args.root / "docs" / "figures" / "point-maze-large" / "authors.png")
     except (plot.InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

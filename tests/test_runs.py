@@ -289,7 +289,7 @@ def test_ctrl_c_stops_the_program_and_it_resumes(call, saved, whole, monkeypatch
     ("--seed -1 --batch-size 0 --utd-ratio -1", 2, "; too small: ['seed', 'batch_size', 'utd_ratio']."),
     ("--online-eval-interval 0", 2, "['online_eval_interval']"), ("--gamma 1", 2, "error: --gamma must be below 1"),
     ("--offline-eval-interval 0", 2, "['offline_eval_interval']"), ("--mixing-ratio 2", 2, "--mixing-ratio at most"),
-    ("--env-id antmaze-large-divers", 2, "tasks are antmaze-umaze, "), ("--resume x", 2, "error: cannot go on from x/c"),
+    ("--env-id antmaze-large-divers", 2, "tasks are antmaze-umaze"), ("--resume x", 2, "error: cannot go on from x/c"),
     ("--resume ", 2, "error: cannot go on from checkpoint.pt: FileNotFoundError"), ("--help", 0, "pick-place"),
     ("--seed 1", 2, "error: [Errno 20] Not a directory: "),  # runs is a file
 ])  # fmt: skip

@@ -535,6 +535,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(offline, args)
     torch.manual_seed(args.seed)
     agent, optimizer = make_agent(offline, args)
+    del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
     update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:

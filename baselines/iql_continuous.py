@@ -260,8 +260,8 @@ class InputError(Exception):
     """Something the user can put right; its message is one sentence that says how."""
 
 
-# Key of its SETTINGS, datasets whose episodes are joined, cells (row, column) of a maze's start (if only one) and goal.
-Task = namedtuple("Task", "domain datasets cells", defaults=[()])
+# Key of its SETTINGS, datasets whose episodes are joined; a maze's start and goal (row, column), a cell's size in m.
+Task = namedtuple("Task", "domain datasets cells cell_size", defaults=[(), 4.0])
 TASKS: dict[str, Task] = {
     "antmaze-umaze": Task("antmaze", ("D4RL/antmaze/umaze-v1",), ((3, 1), (1, 1))),
     "antmaze-umaze-diverse": Task("antmaze", ("D4RL/antmaze/umaze-diverse-v1",), ((1, 1), (3, 1))),
@@ -274,8 +274,8 @@ TASKS: dict[str, Task] = {
     "relocate-binary": Task("adroit", ("D4RL/relocate/human-v2", "D4RL/relocate/cloned-v2")),
     **{f"kitchen-{kind}": Task("kitchen", (f"D4RL/kitchen/{kind}-v2",)) for kind in ("complete", "partial", "mixed")},
     "pick-place": Task("pick-place", ("cal-ql/pick-place/narrow-v0",)),
-    "point-maze-medium": Task("point-maze", ("cal-ql/point-maze/medium-v0",), ((6, 6),)),
-    "point-maze-large": Task("point-maze", ("cal-ql/point-maze/large-v0",), ((7, 9),)),
+    "point-maze-medium": Task("point-maze", ("cal-ql/point-maze/medium-v0",), ((6, 6),), 1.0),  # any start
+    "point-maze-large": Task("point-maze", ("cal-ql/point-maze/large-v0",), ((7, 9),), 1.0),
 }
 # The entries of a dictionary observation that make up the state, where the task's one goal tells nothing; else all.
 STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observation",), "point-maze": ("observation",)}
@@ -333,8 +333,7 @@ def to_episode(data: minari.EpisodeData, dataset: minari.MinariDataset, task: Ta
         raise InputError(f"{source}: columns of other shapes, values not finite, or actions out of their box")
     if task.cells:  # arriving at the one goal succeeds and ends, whatever the episode's own goal was
         maze, (row, column) = np.array(dataset.env_spec.kwargs["maze_map"]), task.cells[-1]
-        cell_size = 4.0 if task.domain == "antmaze" else 1.0  # in metres
-        goal = cell_size * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])
+        goal = task.cell_size * np.array([column + 0.5 - maze.shape[1] / 2, maze.shape[0] / 2 - row - 0.5])
         rewards = terminations = np.linalg.norm(states[1:, :2] - goal, axis=1) <= 0.45  # the environment's threshold
     elif task.domain == "adroit":  # failures are dropped, the rest is cut after the last success (appendix G.3)
         end = np.flatnonzero(success).max(initial=0)  # step t's success is entry t + 1: entry 0 is the reset's
@@ -512,6 +511,7 @@ def train(args: Args, checkpoint: dict | None = None) -> None:
     buffer = ReplayBuffer(offline, args)
     torch.manual_seed(args.seed)
     agent, optimizer = make_agent(offline, args)
+    del offline  # the replay has a copy
     modes = product(("offline", "online"), (False, True))
     update_fns = {(phase, a): partial(update, agent, optimizer, args, phase == "online", a) for phase, a in modes}
     if args.device == "cuda" and args.cuda_graphs:

@@ -419,7 +419,7 @@ def test_a_renamed_copy_alone_runs_the_task_through_both_phases_and_resumes(scri
         return process.stdout.splitlines()
 
     lines, whole = go(*TINY[2:], *OWN.get(script, [])), result()
-    assert lines[0].startswith("data: 12 of 12 episodes, ") and lines[-1].startswith("done: ")
+    assert lines[0] == "data: cal-ql/pick-place/pixels-v0" and lines[-1].startswith("done: ")
     assert "/pick-place-pixels__renamed__1__" in whole["folder"]
     assert [row["phase"] for row in whole["rows"][:5]] == ["offline"] * 4 + ["online"]
     if script is pixels:  # one of them is enough: each resumes above
@@ -477,7 +477,7 @@ def test_frames_that_an_environment_flips_or_draws_over_are_copied(monkeypatch):
     assert same([torch.from_numpy(frame) for frame in frames], expected)
 
 
-def test_episodes_are_the_data_rescaled_and_clipped(capsys):
+def test_episodes_are_the_data_rescaled_and_clipped():
     _, dataset, offline = open_dots("--reward-scale", "3")
     for ours, data in zip(offline, dataset, strict=True):
         assert np.array_equal(ours.observations, data.observations[:-1]) and ours.observations.dtype == np.uint8
@@ -485,7 +485,7 @@ def test_episodes_are_the_data_rescaled_and_clipped(capsys):
         assert np.allclose(ours.actions, np.clip(data.actions / 2, -0.99999, 0.99999))
         assert ours.actions.dtype == np.float32 and np.array_equal(ours.rewards, 3 * data.rewards)
         assert np.array_equal(ours.terminations, data.terminations)
-    assert capsys.readouterr().out.startswith("data: 12 of 12 episodes, 0.00% of their")
+    assert len(offline) == 12
 
 
 def test_time_limit_is_no_termination_and_actions_are_the_data_s():

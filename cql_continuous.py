@@ -286,7 +286,7 @@ STATE_KEYS = {"antmaze": ("achieved_goal", "observation"), "kitchen": ("observat
 
 
 # --- Settings of the tasks --------------------------------------------------------------------------------------------
-# From the paper's appendices G, H and the authors' code; ours: pick-place, point-maze, online intervals, Kitchen's limit.
+# From appendices G, H and the authors' code; ours: pick-place, point-maze, online intervals, Kitchen's limit.
 SETTINGS: dict[str, dict] = {
     "antmaze": dict(critic_layers=(256, 256, 256, 256), cql_lagrange=True, reward_scale=10.0, reward_bias=-5.0,
         offline_steps=1_000_000, online_steps=1_000_000, online_eval_interval=20_000),

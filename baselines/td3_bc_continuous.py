@@ -329,8 +329,8 @@ def load_data(args: Args) -> tuple[Task, minari.MinariDataset, list[Batch]]:
             episodes += [to_episode(data, datasets[0], task) for data in datasets[-1]]
         except Exception as error:  # whatever Minari's back-ends raise, and whatever a damaged file does
             there = minari.storage.get_dataset_path(dataset_id).exists()
-            hint = "" if there else f"; cal-ql/... needs `collect`, others a network; the tasks are {', '.join(TASKS)}"
-            raise InputError(f"cannot use {dataset_id}: {type(error).__name__}: {error!s:.300}{hint}.") from error
+            hint = "" if there else f"cal-ql/... needs `collect`, others a network; the tasks are {', '.join(TASKS)}; "
+            raise InputError(f"cannot use {dataset_id}: {hint}{type(error).__name__}: {error!s:.300}.") from error
     if not any(episode.rewards.any() for episode in episodes):
         raise InputError(f"no episode of {[dataset.id for dataset in datasets]} has a reward in {args.env_id}.")
     return task, datasets[0], [to_transitions(episode, args) for episode in episodes if len(episode.rewards) > 0]

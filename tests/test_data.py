@@ -595,8 +595,8 @@ def test_an_absent_dataset_is_named_at_once(dataset_id, monkeypatch, capsys, dat
         raise ConnectionError("no network")
 
     monkeypatch.setattr(minari, "load_dataset", load_dataset)
-    hint = r"; cal-ql/... needs `collect`, others a network; the tasks are antmaze-umaze, [^\n]*\.$"
-    with pytest.raises(InputError, match=f"^cannot use {dataset_id}: ConnectionError: no network{hint}"):
+    hint = r"cal-ql/... needs `collect`, others a network; the tasks are antmaze-umaze, [^\n]*; "
+    with pytest.raises(InputError, match=rf"^cannot use {dataset_id}: {hint}ConnectionError: no network\.$"):
         load_data(make_args(dataset_id))
 
 

@@ -111,6 +111,15 @@ def test_groups_are_what_the_settings_say(tmp_path, capsys):
     assert lines == [7001, 7001, 43]  # each group has its own length; of its seeds, the shortest
 
 
+def test_groups_of_own_data_are_named_by_what_tells_them_apart(tmp_path):
+    for seed, weight in [(1, 1.0), (2, 1.0), (3, 5.0)]:
+        name = f"mine-maze-v0__cal_ql_continuous__{seed}__10"
+        run = write(tmp_path, name, [0, 0.5], [1.0], (1.0,), gamma=0.9, batch_size=64, cql_weight=weight)
+        (run / "config.json").write_text((run / "config.json").read_text().replace("mine-maze-v0", "mine/maze-v0"))
+    (name, groups), = plot.read_runs([f"{tmp_path}/*"]).items()  # fmt: skip
+    assert (name, set(groups)) == ("mine-maze-v0", {"Cal-QL, cql_weight 1", "Cal-QL, cql_weight 5"})
+
+
 def test_published_runs_are_named_by_their_folder(tmp_path):
     for k, (name, changes) in enumerate({
         "cal_ql-seed1": dict(offline_steps=5, threads=1, eval_async=True), "cql-seed1": dict(cql_weight=1.0),

@@ -13,11 +13,12 @@
     table.md         offline and online score, regret and seeds of every task and group
 
 Runs are one group if their config.json say the same, but for the seed and what learning does not depend on. A group
-that differs from its task's settings is named by what differs, as "Cal-QL, cql_weight 1". Published runs,
-results/<task>/<algorithm>[-<variant>]-seed<k>, are named by their variant instead, and their lengths are read off the
-axes. A run that has not come to its last step is unfinished: it is drawn on its own and is in no mean. Of runs of one
-group and seed a finished one counts before an unfinished one, and then the later. Peers are a CSV with the columns
-algorithm,task,seed,phase,step,score, the score in percent; they are drawn dashed beside our runs of the same names.
+that differs from its task's settings is named by what differs, as "Cal-QL, cql_weight 1"; where a task has none, as
+your own data's, by what tells the groups apart. Published runs, results/<task>/<algorithm>[-<variant>]-seed<k>, are
+named by their variant instead, and their lengths are read off the axes. A run that has not come to its last step is
+unfinished: it is drawn on its own and is in no mean. Of runs of one group and seed a finished one counts before an
+unfinished one, and then the later. Peers are a CSV with the columns algorithm,task,seed,phase,step,score, the score
+in percent; they are drawn dashed beside our runs of the same names.
 """
 
 import glob
@@ -90,14 +91,15 @@ class InputError(Exception):
 
 @dataclass
 class Run:
-    """One run. algorithm: with a published variant in brackets. settings: those that differ from its task's own.
-    rows: its evaluations in order, the first offline. name: of its group."""
+    """One run. algorithm: with a published variant in brackets. settings: those that differ from its task's usual ones
+    or, without such, all. rows: its evaluations in order, the first offline. name: of its group."""
 
     folder: Path
     task: str
     algorithm: str
     seed: int
     time: int
+    has_usual: bool
     settings: dict
     rows: pd.DataFrame
     finished: bool
@@ -163,12 +165,11 @@ def import_script(name: str):
 
 
 def own_settings(script: str, env_id: str) -> dict | None:
-    """The settings that a script has for a task; None for a script that is not of this repository."""
+    """The settings that a script has for a task; None for one of the user's own, be it the script or the task."""
     module = import_script(script)
-    if module is None:
+    if module is None or env_id not in module.TASKS:
         return None
-    domain = module.TASKS[env_id].domain if env_id in module.TASKS else "any other"
-    settings = {**module.SETTINGS.get(domain, {}), **module.SETTINGS.get(env_id, {})}
+    settings = {**module.SETTINGS.get(module.TASKS[env_id].domain, {}), **module.SETTINGS.get(env_id, {})}
     return json.loads(json.dumps(vars(module.Args(env_id=env_id, **settings))))
 
 
@@ -191,10 +192,12 @@ def read_run(folder: Path) -> Run:
         algorithm = label + f" ({variant})" * (published and bool(variant))
         base, pixels = MADE_OF.get(label, (label,))[0], env_id.endswith("-pixels")
         script = next((s for s, a in SCRIPTS.items() if a == base and s.endswith("_pixels") == pixels), "")
-    usual = own_settings(script, env_id) or dict.fromkeys(config)  # without a script, all settings are its own
+    usual = own_settings(script, env_id)
+    has_usual = usual is not None
+    usual = usual or dict.fromkeys(config)
     told = ASIDE.union(MADE_OF.get(base_of(algorithm), ("", ()))[1])  # by the algorithm's name
     settings = {k: config[k] for k in usual if k in config and k not in told and config[k] != usual[k]}
-    return Run(folder, env_id.replace("/", "-"), algorithm, seed, time, settings, rows, finished, published)
+    return Run(folder, env_id.replace("/", "-"), algorithm, seed, time, has_usual, settings, rows, finished, published)
 
 
 def find_runs(patterns: Sequence[str]) -> list[Path]:
@@ -215,7 +218,7 @@ def in_words(name: str, value) -> str:
 def name_group(run: Run, alike: list[Run]) -> str:
     """The algorithm and the settings that differ; `alike` are all runs of this task and algorithm."""
     shared = [k for k, v in run.settings.items() if all(other.settings.get(k) == v for other in alike)]
-    if run.algorithm in [*SCRIPTS.values(), *MADE_OF]:
+    if run.has_usual and run.algorithm in [*SCRIPTS.values(), *MADE_OF]:
         shared = [k for k in shared if run.published and k in LENGTHS]
     return ", ".join([run.algorithm, *(in_words(k, v) for k, v in run.settings.items() if k not in shared)])
 

@@ -69,6 +69,14 @@ class Args:
     def dataset_id(self) -> str:
         return f"cal-ql/antmaze/{self.task}-v0"
 
+    @property
+    def number(self) -> int:
+        return self.episodes or -(-1_000_000 // make_spec(self.task, self.frame_skip).max_episode_steps)
+
+    @property
+    def algorithm(self) -> str:
+        return f"D4RL's ant policy on waypoints, action noise {self.noise}"
+
 
 def make_spec(task: str, frame_skip: int = 5) -> EnvSpec:
     """The environment's specification, with one start and one goal in the map where the task has them."""
@@ -154,6 +162,7 @@ def collect_episode(job: tuple[EnvSpec, float, int, int]) -> EpisodeBuffer:
     steps = len(actions)
     return EpisodeBuffer(
         id=number,
+        seed=seed,
         observations={key: values.astype(np.float64) for key, values in stacked.items()},
         actions=np.array(actions),
         rewards=np.array(rewards, np.float64),
@@ -166,11 +175,10 @@ def collect_episode(job: tuple[EnvSpec, float, int, int]) -> EpisodeBuffer:
 def collect(args: Args) -> minari.MinariDataset:
     """Collects in parallel and writes the dataset; prints how many episodes reach their own goal."""
     spec = make_spec(args.task, args.frame_skip)
-    episodes = args.episodes or -(-1_000_000 // spec.max_episode_steps)
-    jobs = [(spec, args.noise, k, args.seed) for k in range(episodes)]
+    jobs = [(spec, args.noise, k, args.seed) for k in range(args.number)]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         made = pool.imap(collect_episode, jobs, chunksize=4)
-        buffers = list(tqdm(made, f"collect {args.task}", episodes, unit="episode", mininterval=1, disable=None))
+        buffers = list(tqdm(made, f"collect {args.task}", args.number, unit="episode", mininterval=1, disable=None))
     reached = sum(bool(buffer.infos["success"].any()) for buffer in buffers)
     shutil.rmtree(minari.storage.get_dataset_path(args.dataset_id), ignore_errors=True)
     with warnings.catch_warnings():
@@ -180,7 +188,7 @@ def collect(args: Args) -> minari.MinariDataset:
             (buffer for buffer in buffers),
             env=spec,
             action_space=gym.spaces.Box(-TORQUE, TORQUE, (8,), np.float32),
-            algorithm_name=f"D4RL's ant policy on waypoints, action noise {args.noise}",
+            algorithm_name=args.algorithm,
             author="Cal-QL",
             description=f"Collected in the schema of the hosted D4RL/antmaze/{args.task}-v1; not the hosted data.",
         )
@@ -194,6 +202,15 @@ def main() -> int:
         print("error: --episodes, --seed, --noise must be at least 0, --workers, --frame-skip 1.", file=sys.stderr)
         return 2
     if (minari.storage.get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite:
+        dataset = minari.load_dataset(args.dataset_id)
+        (first,) = dataset.storage.get_episode_metadata([0])
+        seed = first.get("seed", 100_000 * args.seed) // 100_000  # older ones do not tell
+        algorithm, frame_skip = dataset.storage.metadata["algorithm_name"], dataset.env_spec.kwargs.get("frame_skip", 5)
+        made = len(dataset), algorithm, frame_skip
+        if (*made, seed) != (args.number, args.algorithm, args.frame_skip, args.seed):
+            print(f"error: {args.dataset_id} exists already, made with other settings ({made[0]} episodes, {made[1]}, "
+                  f"frame skip {made[2]}, seed {seed}); --overwrite collects it anew.", file=sys.stderr)  # fmt: skip
+            return 2
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     collect(args)

@@ -240,6 +240,10 @@ class Args:
         self.episodes = (500 if self.camera else 10) if self.episodes is None else self.episodes
 
     @property
+    def algorithm(self) -> str:
+        return f"scripted, action noise {self.noise}"
+
+    @property
     def parts(self) -> pathlib.Path:
         """The hidden folder, beside the dataset's, that keeps the demonstrations until all are there."""
         path = get_dataset_path(self.dataset_id)
@@ -303,7 +307,7 @@ def collect(args: Args) -> minari.MinariDataset:
             args.dataset_id,
             episodes(),
             env=spec,
-            algorithm_name=f"scripted, action noise {args.noise}",
+            algorithm_name=args.algorithm,
             author="Cal-QL",
             description="Scripted pick-and-place demonstrations, successful and failed.",
             jpeg_encoding=False,
@@ -321,6 +325,13 @@ def main() -> int:
         print(f"error: --dataset-id {args.dataset_id} must be like cal-ql/pick-place/name-v0.", file=sys.stderr)
         return 2
     if (get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite and not args.parts.exists():
+        storage = minari.load_dataset(args.dataset_id).storage
+        (first,) = storage.get_episode_metadata([0])
+        made = storage.total_episodes, storage.metadata["algorithm_name"], first["seed"]
+        if made != (args.episodes, args.algorithm, 100_000 * args.seed):
+            print(f"error: {args.dataset_id} exists already, made with other settings ({made[0]} episodes, {made[1]}, "
+                  f"seed {made[2] // 100_000}); --overwrite collects it anew.", file=sys.stderr)  # fmt: skip
+            return 2
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     # The environment's entry point is `collect.pick_place`, wherever and however this file is started.

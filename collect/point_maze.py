@@ -63,7 +63,7 @@ for name, (maze_map, (row, column)) in MAZES.items():
             f"cal-ql/PointMaze{name}-v0",
             entry_point="collect.point_maze:HeldPointMaze",
             kwargs={"maze_map": maze_map, "continuing_task": False, "reset_target": False},
-            max_episode_steps=100,  # the longest way takes 43
+            max_episode_steps=100,  # the controller without noise takes up to 46
         )
 
 
@@ -105,6 +105,14 @@ class Args:
     def dataset_id(self) -> str:
         return f"cal-ql/point-maze/{self.dataset}{'' if self.clip else '-unclipped'}-v0"
 
+    @property
+    def number(self) -> int:
+        return self.episodes or DATASETS[self.dataset][1]
+
+    @property
+    def algorithm(self) -> str:
+        return f"waypoints, action noise {self.noise}"
+
 
 def collect_episode(env: gym.Env, number: int, args: Args) -> EpisodeBuffer:
     """Plays to one random cell after the other for STEPS steps."""
@@ -137,12 +145,11 @@ def collect_episode(env: gym.Env, number: int, args: Args) -> EpisodeBuffer:
 
 def collect(args: Args) -> minari.MinariDataset:
     """Plays and writes the dataset; prints how many episodes pass the task's goal."""
-    maze, episodes = DATASETS[args.dataset]
-    spec = copy.deepcopy(gym.spec(f"cal-ql/PointMaze{maze}-v0"))
+    spec = copy.deepcopy(gym.spec(f"cal-ql/PointMaze{DATASETS[args.dataset][0]}-v0"))
     spec.max_episode_steps = STEPS
     spec.kwargs["continuing_task"] = True
     env = gym.make(spec)
-    numbers = tqdm(range(args.episodes or episodes), f"collect {args.dataset}", unit="episode", disable=None)
+    numbers = tqdm(range(args.number), f"collect {args.dataset}", unit="episode", disable=None)
     buffers = [collect_episode(env, number, args) for number in numbers]
     env.close()
     bound = 1.0 if args.clip else float(max(np.abs(buffer.actions).max() for buffer in buffers))
@@ -154,7 +161,7 @@ def collect(args: Args) -> minari.MinariDataset:
             buffers,
             env=spec,
             action_space=gym.spaces.Box(-bound, bound, (2,), np.float32),
-            algorithm_name=f"waypoints, action noise {args.noise}",
+            algorithm_name=args.algorithm,
             author="Cal-QL",
             description="Play data: from a random start to one random cell after the other.",
         )
@@ -171,6 +178,13 @@ def main() -> int:
         print("error: --episodes, --seed and --noise must be at least 0.", file=sys.stderr)
         return 2
     if (minari.storage.get_dataset_path(args.dataset_id) / "data").exists() and not args.overwrite:
+        storage = minari.load_dataset(args.dataset_id).storage
+        (first,) = storage.get_episode_metadata([0])
+        made = storage.total_episodes, storage.metadata["algorithm_name"], first["seed"]
+        if made != (args.number, args.algorithm, 100_000 * args.seed):
+            print(f"error: {args.dataset_id} exists already, made with other settings ({made[0]} episodes, {made[1]}, "
+                  f"seed {made[2] // 100_000}); --overwrite collects it anew.", file=sys.stderr)  # fmt: skip
+            return 2
         print(f"{args.dataset_id} exists already; --overwrite collects it anew.")
         return 0
     # The environment's entry point is `collect.point_maze`, wherever and however this file is started.

@@ -55,6 +55,15 @@ def test_the_box_is_that_of_the_walker_and_the_schema_the_hosted_one(dataset):
     assert not first.terminations.any() and first.truncations.tolist() == 59 * [False] + [True]
 
 
+def test_another_dataset_of_the_same_name_is_not_taken_for_the_one_asked_for(dataset, monkeypatch, capsys):
+    step = ["--episodes", "2", "--frame-skip", str(dataset[0])]
+    monkeypatch.setattr("sys.argv", ["ant_maze", "umaze", *step])
+    assert ant_maze.main() == 0 and "exists already" in capsys.readouterr().out
+    for flags in ([], [*step, "--noise", "0.1"], [*step, "--seed", "2"], [*step[:3], str(15 - dataset[0])]):
+        monkeypatch.setattr("sys.argv", ["ant_maze", "umaze", *flags])
+        assert ant_maze.main() == 2 and f"noise 0.2, frame skip {dataset[0]}, seed 1" in capsys.readouterr().err
+
+
 def test_a_longer_step_walks_as_far_in_fewer_steps():
     """The walker covers more ground in a step of 0.1 s than in one of 0.05 s."""
     walked = []
@@ -161,8 +170,12 @@ def test_play_data_are_the_same_with_and_without_clipping(tmp_path, monkeypatch,
     assert free.action_space.high[0] == max(np.abs(episode.actions).max() for episode in free)
     map_ = np.array(large.env_spec.kwargs["maze_map"])
     assert map_[7, 9] == "g" and large.env_spec.id == "cal-ql/PointMazeLarge-v0"
-    monkeypatch.setattr("sys.argv", ["point_maze", "large", "--episodes", "1"])
+    monkeypatch.setattr("sys.argv", ["point_maze", "large", "--episodes", "2"])
     assert point_maze.main() == 0 and "exists already" in capsys.readouterr().out
+    for flags in (["--episodes", "1"], [], ["--episodes", "2", "--noise", "0.1"], ["--episodes", "2", "--seed", "2"]):
+        monkeypatch.setattr("sys.argv", ["point_maze", "large", *flags])
+        assert point_maze.main() == 2 and "other settings (2 episodes, waypoints, action noise 0.5, seed 1)" in (
+            capsys.readouterr().err)  # fmt: skip
     monkeypatch.setattr("sys.argv", ["point_maze", "large", "--noise", "-1"])
     assert point_maze.main() == 2
 

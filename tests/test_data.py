@@ -622,6 +622,13 @@ def collected():
         assert collect(patch, "--episodes", "3") == 0
 
 
+def test_another_dataset_of_the_same_name_is_not_taken_for_the_one_asked_for(collected, monkeypatch, capsys):
+    assert collect(monkeypatch, "--episodes", "3") == 0 and "exists already" in capsys.readouterr().out
+    for flags in ([], ["--episodes", "3", "--noise", "0.1"], ["--episodes", "3", "--seed", "2"]):
+        assert collect(monkeypatch, *flags) == 2
+        assert "(3 episodes, scripted, action noise 0.4, seed 1)" in capsys.readouterr().err
+
+
 def test_collector_writes_what_it_promises(collected):
     dataset = minari.load_dataset(NARROW_ID)
     assert len(dataset) == 3

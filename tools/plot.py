@@ -410,7 +410,8 @@ def draw_curves(groups: Groups, reps: int, peers: pd.DataFrame | None = None) ->
             ax.set_ylim(-3, 103)
             if peers is not None:
                 draw_peers(ax, peers[peers.task == task], styles)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8, frameon=False)
+        columns = 1 if len(ax.get_legend_handles_labels()[0]) < 7 else 2
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns, fontsize=8, frameon=False)
     return fig
 
 

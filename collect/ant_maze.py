@@ -71,10 +71,12 @@ class Args:
 
     @property
     def number(self) -> int:
+        """How many episodes."""
         return self.episodes or -(-1_000_000 // make_spec(self.task, self.frame_skip).max_episode_steps)
 
     @property
     def algorithm(self) -> str:
+        """What the dataset says of how it was collected."""
         return f"D4RL's ant policy on waypoints, action noise {self.noise}"
 
 

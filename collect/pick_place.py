@@ -241,6 +241,7 @@ class Args:
 
     @property
     def algorithm(self) -> str:
+        """What the dataset says of how it was collected."""
         return f"scripted, action noise {self.noise}"
 
     @property

@@ -107,10 +107,12 @@ class Args:
 
     @property
     def number(self) -> int:
+        """How many episodes."""
         return self.episodes or DATASETS[self.dataset][1]
 
     @property
     def algorithm(self) -> str:
+        """What the dataset says of how it was collected."""
         return f"waypoints, action noise {self.noise}"
 
 

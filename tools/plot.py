@@ -91,8 +91,9 @@ class InputError(Exception):
 
 @dataclass
 class Run:
-    """One run. algorithm: with a published variant in brackets. settings: those that differ from its task's usual ones
-    or, without such, all. rows: its evaluations in order, the first offline. name: of its group."""
+    """One run. algorithm: with a published variant in brackets. has_usual: whether its script and task have settings
+    here. settings: those that differ from these or, without such, all. rows: its evaluations in order, the first
+    offline. name: of its group."""
 
     folder: Path
     task: str
@@ -194,7 +195,7 @@ def read_run(folder: Path) -> Run:
         script = next((s for s, a in SCRIPTS.items() if a == base and s.endswith("_pixels") == pixels), "")
     usual = own_settings(script, env_id)
     has_usual = usual is not None
-    usual = usual or dict.fromkeys(config)
+    usual = usual or dict.fromkeys(config)  # without any, all settings are its own
     told = ASIDE.union(MADE_OF.get(base_of(algorithm), ("", ()))[1])  # by the algorithm's name
     settings = {k: config[k] for k in usual if k in config and k not in told and config[k] != usual[k]}
     return Run(folder, env_id.replace("/", "-"), algorithm, seed, time, has_usual, settings, rows, finished, published)
